@@ -1,0 +1,1 @@
+//! Another process as a request shows it: its memory, its descriptors, who it is.

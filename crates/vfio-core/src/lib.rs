@@ -1,0 +1,1 @@
+//! The VFIO core: life cycle, device model, buses, iommufd objects.

@@ -1,0 +1,3 @@
+//! The daemon: configuration, wiring, privileges, shutdown.
+
+fn main() {}
