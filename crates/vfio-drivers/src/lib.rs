@@ -1,1 +1,3 @@
 //! The devices: one module each.
+
+pub mod mtty;
