@@ -1,0 +1,260 @@
+//! What there is: numbers in use, registered devices, IOMMU groups, those who listen.
+
+use crate::device::{Device, GroupType, Head, Housekeeper, Sets};
+use crate::event::{Event, Notice, Subscribers, Subscription, Uevent, What};
+use crate::index::{Index, IndexPool, MINOR_MASK};
+use crate::model::{BusDevice, IommuGroup, IommuGroups, Model};
+use crate::{Errno, Result};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+/// What can be chosen about a core.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Char devices: with it off a registered device has its `vfio-dev/vfioN` directory but no
+    /// `dev` file and no node, the state of the series itself (`CONFIG_VFIO_DEVICE_CDEV=n`).
+    pub cdev: bool,
+    /// Major number of the `vfio-dev` char region.
+    pub cdev_major: u32,
+    /// How often users of a device that is going are asked to leave; the kernel's 10 s.
+    pub request_interval: Duration,
+    /// First IOMMU group number to use, beyond those that the machine has itself.
+    pub first_iommu_group: u32,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            cdev: true,
+            cdev_major: 511,
+            request_interval: Duration::from_secs(10),
+            first_iommu_group: 0,
+        }
+    }
+}
+
+/// The core. Clones are the same core.
+#[derive(Clone, Debug)]
+pub struct Core(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    config: Config,
+    indexes: IndexPool,
+    /// Registered devices by index: what a name, the class and a char device number lead to.
+    registered: RwLock<Vec<Option<Device>>>,
+    groups: IommuGroups,
+    sets: Sets,
+    subscribers: Arc<Subscribers>,
+    house: Arc<Housekeeper>,
+    model: Model,
+}
+
+impl Core {
+    /// A core with nothing in it.
+    pub fn new(config: Config) -> Core {
+        let groups = IommuGroups::new(config.first_iommu_group);
+        Core(Arc::new(Inner {
+            config,
+            indexes: IndexPool::new(0, MINOR_MASK),
+            registered: RwLock::default(),
+            groups,
+            sets: Sets::default(),
+            subscribers: Arc::default(),
+            house: Arc::default(),
+            model: Model::new(),
+        }))
+    }
+
+    /// What was chosen.
+    pub fn config(&self) -> &Config {
+        &self.0.config
+    }
+
+    /// Buses, classes and the devices on them.
+    pub fn model(&self) -> &Model {
+        &self.0.model
+    }
+
+    /// IOMMU groups by number.
+    pub fn iommu_groups(&self) -> &IommuGroups {
+        &self.0.groups
+    }
+
+    /// The registered device with this number: behind `vfioN`, the class link and the char
+    /// device M:N alike. `None` as soon as its unregister has begun.
+    pub fn device(&self, index: u32) -> Option<Device> {
+        let registered = self
+            .0
+            .registered
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        registered.get(index as usize)?.clone()
+    }
+
+    /// The registered device of this name, exactly `vfioN`.
+    pub fn device_by_name(&self, name: &str) -> Option<Device> {
+        self.device(parse_name(name)?)
+    }
+
+    /// All registered devices, in the order of their numbers.
+    pub fn devices(&self) -> Vec<Device> {
+        let registered = self
+            .0
+            .registered
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        registered.iter().flatten().cloned().collect()
+    }
+
+    /// Calls `f` for every life-cycle event and uevent, on the thread where it happens and with
+    /// no lock held, until the subscription is dropped. `f` must be quick and must not call back
+    /// into the life cycle; one that has more to do puts the notice into a queue.
+    pub fn subscribe(&self, f: impl Fn(&Notice) + Send + Sync + 'static) -> Subscription {
+        self.0.subscribers.add(Arc::new(f))
+    }
+
+    /// Sends a uevent to those who listen.
+    pub fn uevent(&self, uevent: Uevent) {
+        if self.0.subscribers.any() {
+            self.0.subscribers.send(&Notice::Uevent(uevent));
+        }
+    }
+
+    pub(crate) fn sets(&self) -> &Sets {
+        &self.0.sets
+    }
+
+    pub(crate) fn house(&self) -> &Arc<Housekeeper> {
+        &self.0.house
+    }
+
+    pub(crate) fn take_index(&self) -> Result<Index> {
+        self.0.indexes.take()
+    }
+
+    pub(crate) fn event(&self, head: &Head, what: What) {
+        if self.0.subscribers.any() {
+            let event = Event {
+                at: Instant::now(),
+                device: format!("vfio{}", head.index.get()),
+                index: head.index.get(),
+                parent: head.parent.name().to_owned(),
+                what,
+            };
+            self.0.subscribers.send(&Notice::Event(event));
+        }
+    }
+
+    /// The uevent of a VFIO device.
+    pub(crate) fn announce(&self, device: &Device, action: &str) {
+        if !self.0.subscribers.any() {
+            return;
+        }
+        let mut env = Vec::new();
+        if self.0.config.cdev {
+            env.push(("MAJOR".into(), self.0.config.cdev_major.to_string()));
+            env.push(("MINOR".into(), device.index().to_string()));
+            env.push(("DEVNAME".into(), format!("vfio/devices/{}", device.name())));
+        }
+        self.uevent(Uevent {
+            action: action.into(),
+            devpath: format!("{}/vfio-dev/{}", device.parent().devpath(), device.name()),
+            subsystem: "vfio-dev".into(),
+            env,
+        });
+    }
+
+    /// Group, then names (`vfio_device_set_group`, `vfio_device_add`).
+    pub(crate) fn publish(&self, device: &Device, kind: GroupType) -> Result {
+        let parent = device.parent();
+        if parent.vfio_device().is_some() {
+            tracing::warn!("{}: has a VFIO device already", parent.name());
+            return Err(Errno::INVAL);
+        }
+        let group = match kind {
+            GroupType::Physical => parent.iommu_group().ok_or(Errno::INVAL)?,
+            GroupType::Emulated => {
+                let group = self.0.groups.create(Some("vfio-noiommu"))?;
+                group.add(parent)?;
+                group
+            }
+        };
+        *device
+            .head()
+            .group
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(group);
+        let mut registered = self
+            .0
+            .registered
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        let index = device.index() as usize;
+        if registered.len() <= index {
+            registered.resize(index + 1, None);
+        }
+        registered[index] = Some(device.clone());
+        drop(registered);
+        parent.set_vfio_device(Some(device.clone()));
+        Ok(())
+    }
+
+    /// The names go: class, char link and the parent's directory at once.
+    pub(crate) fn unpublish(&self, device: &Device) {
+        let mut registered = self
+            .0
+            .registered
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        let gone = registered
+            .get_mut(device.index() as usize)
+            .and_then(Option::take);
+        drop(registered);
+        drop(gone);
+        device.parent().set_vfio_device(None);
+    }
+
+    /// The group unit goes; with it, for a software device, the group made for it.
+    pub(crate) fn leave_group(&self, device: &Device) {
+        let group = device
+            .head()
+            .group
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let (Some(group), Some(GroupType::Emulated)) = (&group, device.kind()) {
+            group.remove(device.parent());
+        }
+    }
+
+    pub(crate) fn ask(
+        &self,
+        device: &Device,
+        rundown: &Arc<crate::device::Rundown>,
+        deadline: Option<Instant>,
+    ) {
+        self.0
+            .house
+            .ask(device, rundown, self.0.config.request_interval, deadline);
+    }
+}
+
+/// The number in `vfioN`: decimal, no leading zero, no sign.
+fn parse_name(name: &str) -> Option<u32> {
+    let digits = name.strip_prefix("vfio")?;
+    let canonical = digits.bytes().all(|b| b.is_ascii_digit())
+        && (digits == "0" || !digits.starts_with('0'))
+        && !digits.is_empty();
+    canonical.then(|| digits.parse().ok())?
+}
+
+impl IommuGroup {
+    fn add(self: &Arc<Self>, device: &Arc<BusDevice>) -> Result {
+        device.join_iommu_group(self)
+    }
+
+    fn remove(self: &Arc<Self>, device: &Arc<BusDevice>) {
+        device.leave_iommu_group();
+    }
+}

@@ -1,0 +1,262 @@
+//! An open device file (`struct vfio_device_file`): first it only counts, after BIND it is the
+//! device.
+
+use super::handle::{Device, User, WeakDevice};
+use super::ops::RegionPos;
+use super::shared::{Life, Session};
+use crate::event::What;
+use crate::{Errno, Result};
+use client_process::{FileId, holders};
+use std::fmt;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::SystemTime;
+
+/// Who opened a file, as it was at that moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Opener {
+    /// Thread group id; 0 when it cannot be told.
+    pub pid: u32,
+    /// Command name.
+    pub comm: String,
+    /// When.
+    pub since: SystemTime,
+}
+
+/// An open file of a device, whatever it came through. A transport makes one per open and calls
+/// [`release`](DeviceFile::release) when the last descriptor of it is gone.
+pub struct DeviceFile {
+    device: WeakDevice,
+    opener: Opener,
+    state: RwLock<State>,
+}
+
+/// `access_granted` as a type: operations exist only on a [`Grant`].
+enum State {
+    /// Open, blocked: everything but BIND is `EINVAL`.
+    Opened(User),
+    /// Bound.
+    Granted(Arc<Grant>),
+    /// Cut off: everything is `ENODEV`.
+    Dead,
+    /// Closed. A request that comes later is the transport's mistake; it gets `ENODEV` too.
+    Released,
+}
+
+/// What a bound file holds. A call in progress holds a clone, so the driver's `close` comes after
+/// it. The session is declared first: close, reference, count.
+pub(super) struct Grant {
+    pub(super) session: Arc<dyn Session>,
+    pub(super) user: User,
+}
+
+impl fmt::Debug for DeviceFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
+            State::Opened(_) => "opened",
+            State::Granted(_) => "bound",
+            State::Dead => "dead",
+            State::Released => "released",
+        };
+        f.debug_struct("DeviceFile")
+            .field("opener", &self.opener)
+            .field("state", &state)
+            .finish()
+    }
+}
+
+impl Device {
+    /// Opens the char device: a file that counts as a user and may only BIND. `ENODEV` when the
+    /// device is not registered (any more). No callback has run when it returns.
+    /// `vfio_device_fops_cdev_open`.
+    pub fn open_cdev(&self, opener: Opener) -> Result<Arc<DeviceFile>> {
+        let user = self.try_user()?;
+        let file = Arc::new(DeviceFile {
+            device: self.downgrade(),
+            opener,
+            state: RwLock::new(State::Opened(user)),
+        });
+        let mut files = self
+            .head()
+            .files
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        files.retain(|file| file.strong_count() > 0);
+        files.push(Arc::downgrade(&file));
+        drop(files);
+        if self.life() == Life::Dead {
+            // It died between the two; its disassociation may have missed the new file.
+            file.disassociate();
+            return Err(Errno::NODEV);
+        }
+        self.head().core.event(self.head(), What::Opened);
+        Ok(file)
+    }
+}
+
+impl DeviceFile {
+    /// Who opened it.
+    pub fn opener(&self) -> &Opener {
+        &self.opener
+    }
+
+    /// The device, while it is not released.
+    pub fn device(&self) -> Option<Device> {
+        self.device.upgrade()
+    }
+
+    /// True once BIND has succeeded, until the file is closed or cut off.
+    pub fn is_bound(&self) -> bool {
+        matches!(&*self.state(), State::Granted(_))
+    }
+
+    /// Reads at a file offset. `EINVAL` before BIND and past the last region, `ENODEV` when the
+    /// device is gone, else the driver's answer. 0 bytes succeed without asking it.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        let (grant, at) = self.locate(offset)?;
+        if buf.is_empty() {
+            return Ok(0);
+        }
+        grant.session.read(at, buf)
+    }
+
+    /// Writes at a file offset; as [`read`](DeviceFile::read).
+    pub fn write(&self, offset: u64, data: &[u8]) -> Result<usize> {
+        let (grant, at) = self.locate(offset)?;
+        if data.is_empty() {
+            return Ok(0);
+        }
+        grant.session.write(at, data)
+    }
+
+    /// The last descriptor is gone. On return the driver's `close` has run and the file counts
+    /// no more, unless a call is still in progress or the client still maps the device: then
+    /// both happen when those end, as in the kernel, where a mapping keeps the file.
+    pub fn release(&self) {
+        let state = self.replace(State::Released);
+        let Some(device) = self.device.upgrade() else {
+            return;
+        };
+        if let State::Granted(grant) = state {
+            match device.memory_if_made() {
+                Some(memory) if memory.has_other_openers() => outlived(&device, grant, memory),
+                _ => drop(grant),
+            }
+        } else {
+            drop(state);
+        }
+        device.head().core.event(device.head(), What::Closed);
+    }
+
+    /// Cuts this file off.
+    pub(crate) fn disassociate(&self) {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        if matches!(&*state, State::Opened(_) | State::Granted(_)) {
+            let before = std::mem::replace(&mut *state, State::Dead);
+            drop(state);
+            drop(before);
+        }
+    }
+
+    /// What operations need. `EINVAL` before BIND, `ENODEV` when cut off.
+    pub(super) fn grant(&self) -> Result<Arc<Grant>> {
+        match &*self.state() {
+            State::Granted(grant) => Ok(Arc::clone(grant)),
+            State::Opened(_) => Err(Errno::INVAL),
+            State::Dead | State::Released => Err(Errno::NODEV),
+        }
+    }
+
+    /// The device of a file that may still BIND. `EINVAL` when it is bound, `ENODEV` when cut off.
+    pub(super) fn unbound(&self) -> Result<Device> {
+        match &*self.state() {
+            State::Opened(user) => Ok(user.device().clone()),
+            State::Granted(_) => Err(Errno::INVAL),
+            State::Dead | State::Released => Err(Errno::NODEV),
+        }
+    }
+
+    /// The end of BIND. `ENODEV` when the file was cut off meanwhile; the session is closed then.
+    pub(super) fn give(&self, session: Arc<dyn Session>) -> Result {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        match std::mem::replace(&mut *state, State::Dead) {
+            State::Opened(user) => {
+                *state = State::Granted(Arc::new(Grant { session, user }));
+                Ok(())
+            }
+            other => {
+                *state = other;
+                drop(state);
+                drop(session);
+                Err(Errno::NODEV)
+            }
+        }
+    }
+
+    fn locate(&self, offset: u64) -> Result<(Arc<Grant>, RegionPos)> {
+        let grant = self.grant()?;
+        let at = grant
+            .user
+            .device()
+            .0
+            .layout()?
+            .find(offset)
+            .ok_or(Errno::INVAL)?;
+        Ok((grant, at))
+    }
+
+    fn state(&self) -> std::sync::RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn replace(&self, state: State) -> State {
+        std::mem::replace(
+            &mut *self.state.write().unwrap_or_else(PoisonError::into_inner),
+            state,
+        )
+    }
+}
+
+impl Drop for DeviceFile {
+    fn drop(&mut self) {
+        if !matches!(&*self.state(), State::Released) {
+            self.release();
+        }
+    }
+}
+
+/// A FUSE server hears of the close, not of the munmap. What the file held is kept until nobody
+/// has the backing file open or mapped (or the device is cut off, which revokes the mapping).
+fn outlived(device: &Device, grant: Arc<Grant>, memory: Arc<dma_memory::DeviceMemory>) {
+    tracing::debug!("{}: still mapped after close", device.name());
+    let weak = device.downgrade();
+    let house = Arc::clone(device.head().core.house());
+    house.linger(Box::new(move || {
+        let _held = &grant;
+        let Some(device) = weak.upgrade() else {
+            return false;
+        };
+        if device.life() == Life::Dead || !memory.has_other_openers() {
+            return false;
+        }
+        // Other open files of the device hold the backing file open too; then only the mappings
+        // themselves tell.
+        let others = device.files().iter().any(|file| !file.is_released());
+        !others || is_mapped(&memory)
+    }));
+}
+
+fn is_mapped(memory: &dma_memory::DeviceMemory) -> bool {
+    let Ok(id) = FileId::of(memory.backing_fd()) else {
+        return false;
+    };
+    let this = rustix::process::getpid();
+    holders(&[id], &[this])
+        .iter()
+        .any(|holder| holder.mapped_bytes > 0)
+}
+
+impl DeviceFile {
+    fn is_released(&self) -> bool {
+        matches!(&*self.state(), State::Released)
+    }
+}

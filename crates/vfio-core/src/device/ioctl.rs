@@ -1,0 +1,319 @@
+//! The device file's ioctls: an argument in the client's memory in, a driver call, an answer out
+//! (`drivers/vfio/vfio_main.c`, `vfio_device_fops_unl_ioctl`; `device_cdev.c`).
+//!
+//! Client memory is only touched with no lock held.
+
+use super::file::{DeviceFile, Grant};
+use super::ops::{Feature, GfxQuery, RegionCap};
+use super::shared::{Binding, GroupType};
+use crate::caller::Caller;
+use crate::irq::{Action, Data, EventfdSource, SetIrqs, Trigger};
+use crate::{Errno, Result};
+use client_process::is_eventfd;
+use std::mem::offset_of;
+use std::sync::Arc;
+use vfio_uapi::caps::{Caps, CapsBuilder, SparseMmapArea};
+use vfio_uapi::device::feature::{FeatureFlags, FeatureHeader};
+use vfio_uapi::device::{
+    AttachFlags, AttachIommufdPt, BindFlags, BindIommufd, DetachFlags, DetachIommufdPt,
+    GfxPlaneFlags, GfxPlaneInfo, Info, InfoFlags, IrqInfo, IrqSet, IrqSetFlags, RegionFlags,
+    RegionInfo,
+};
+use vfio_uapi::dialect::{iommufd, vfio};
+use vfio_uapi::ioctl::DeviceIoctl;
+
+/// Most bytes of feature data that are looked at: every feature's structure is far smaller.
+const FEATURE_DATA_MAX: usize = 4096;
+
+impl DeviceFile {
+    /// An ioctl. Returns what the client's `ioctl()` returns. Before BIND everything but BIND is
+    /// `EINVAL`; a number nobody knows is `ENOTTY`; a file that was cut off gets `ENODEV`.
+    ///
+    /// It may wait for the client's memory as long as the client likes; no lock is held then.
+    pub fn ioctl(&self, cmd: u32, arg: u64, caller: &dyn Caller) -> Result<u32> {
+        let known = DeviceIoctl::try_from(cmd);
+        if known == Ok(DeviceIoctl::BindIommufd) {
+            return self.bind(arg, caller).map(|()| 0);
+        }
+        let grant = self.grant()?;
+        let grant = &*grant;
+        match known? {
+            DeviceIoctl::GetInfo => get_info(grant, arg, caller),
+            DeviceIoctl::GetRegionInfo => get_region_info(grant, arg, caller),
+            DeviceIoctl::GetIrqInfo => get_irq_info(grant, arg, caller),
+            DeviceIoctl::SetIrqs => return set_irqs(grant, arg, caller),
+            DeviceIoctl::Reset => grant.session.reset(),
+            DeviceIoctl::QueryGfxPlane => query_gfx_plane(grant, arg, caller),
+            DeviceIoctl::Feature => feature(grant, arg, caller),
+            DeviceIoctl::AttachIommufdPt => attach(grant, arg, caller),
+            DeviceIoctl::DetachIommufdPt => detach(grant, arg, caller),
+            _ => Err(Errno::NOTTY),
+        }
+        .map(|()| 0)
+    }
+
+    /// `VFIO_DEVICE_BIND_IOMMUFD`, checks in the order of `vfio_df_ioctl_bind_iommufd`.
+    fn bind(&self, arg: u64, caller: &dyn Caller) -> Result {
+        const MIN: usize = 16;
+        let (mut bind, size) = iommufd::read::<BindIommufd, _>(caller, arg, MIN)?;
+        if bind.iommufd < 0 || bind.flags.intersects(!BindFlags::TOKEN) {
+            return Err(Errno::INVAL);
+        }
+        let device = self.unbound()?;
+        if bind.flags.contains(BindFlags::TOKEN) {
+            // No driver here has VF tokens.
+            return Err(Errno::INVAL);
+        }
+        let context = caller.iommufd(bind.iommufd)?;
+        let session = Arc::clone(&device.0).open(false, &mut || {
+            let binding: Box<dyn Binding> = context.bind(&device)?;
+            Ok(Some(binding))
+        })?;
+        bind.out_devid = session.binding().map_or(0, Binding::devid);
+        let at = arg + offset_of!(BindIommufd, out_devid) as u64;
+        debug_assert!(size as usize >= MIN, "the dialect checked it");
+        // A fault closes and unbinds again, by dropping the session; the file can bind later.
+        caller.copy_out(at, &bind.out_devid.to_ne_bytes())?;
+        self.give(session)
+    }
+}
+
+fn get_info(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
+    let (mut info, argsz) = vfio::read::<Info, _>(caller, arg, 16)?;
+    let device = grant.user.device().info()?;
+    info.flags = device.flags - InfoFlags::CAPS;
+    info.num_regions = device.num_regions;
+    info.num_irqs = device.num_irqs;
+    info.cap_offset = 0;
+    vfio::write_back(caller, arg, &info, argsz)
+}
+
+fn get_region_info(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
+    let (mut info, argsz) = vfio::read::<RegionInfo, _>(caller, arg, size_of::<RegionInfo>())?;
+    let device = grant.user.device();
+    if info.index >= device.info()?.num_regions {
+        return Err(Errno::INVAL);
+    }
+    let region = device.region(info.index)?;
+    let layout = device.0.layout()?;
+    let area = layout.areas.get(info.index as usize).ok_or(Errno::INVAL)?;
+    let caps = region_caps(&region.caps);
+    let placed = caps.place(argsz);
+    info.argsz = placed.argsz;
+    info.flags = region.flags - RegionFlags::CAPS;
+    if placed.has_caps {
+        info.flags |= RegionFlags::CAPS;
+    }
+    info.cap_offset = placed.cap_offset;
+    info.size = region.size;
+    info.offset = area.offset;
+    if !placed.bytes.is_empty() {
+        let at = arg
+            .checked_add(u64::from(placed.cap_offset))
+            .ok_or(Errno::FAULT)?;
+        caller.copy_out(at, placed.bytes)?;
+    }
+    vfio::write_back(caller, arg, &info, argsz)
+}
+
+fn region_caps(caps: &[RegionCap]) -> Caps {
+    let mut chain = CapsBuilder::new();
+    for cap in caps {
+        chain = match cap {
+            RegionCap::SparseMmap(areas) => {
+                let areas: Vec<SparseMmapArea> = areas
+                    .iter()
+                    .map(|&(offset, size)| SparseMmapArea { offset, size })
+                    .collect();
+                chain.sparse_mmap(&areas)
+            }
+            RegionCap::Type { kind, subtype } => chain.region_type(*kind, *subtype),
+            RegionCap::MsixMappable => chain.msix_mappable(),
+        };
+    }
+    chain.finish(size_of::<RegionInfo>() as u32)
+}
+
+fn get_irq_info(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
+    let (mut info, argsz) = vfio::read::<IrqInfo, _>(caller, arg, size_of::<IrqInfo>())?;
+    let device = grant.user.device();
+    if info.index >= device.info()?.num_irqs {
+        return Err(Errno::INVAL);
+    }
+    let irq = device.irq(info.index)?;
+    info.flags = irq.flags;
+    info.count = irq.count;
+    vfio::write_back(caller, arg, &info, argsz)
+}
+
+const ACTIONS: IrqSetFlags = IrqSetFlags::ACTION_MASK
+    .union(IrqSetFlags::ACTION_UNMASK)
+    .union(IrqSetFlags::ACTION_TRIGGER);
+
+/// Descriptors of a SET_IRQS argument, in the caller's table.
+struct CallersEventfds<'a> {
+    data: &'a [u8],
+    caller: &'a dyn Caller,
+}
+
+impl EventfdSource for CallersEventfds<'_> {
+    fn eventfd(&self, n: usize) -> Result<Option<Trigger>> {
+        let (words, _) = self.data.as_chunks::<4>();
+        let fd = i32::from_ne_bytes(*words.get(n).ok_or(Errno::INVAL)?);
+        if fd < 0 {
+            return Ok(None);
+        }
+        let fd = self.caller.get_fd(fd)?;
+        if !is_eventfd(&fd) {
+            return Err(Errno::INVAL);
+        }
+        Ok(Some(Trigger::new(fd)))
+    }
+}
+
+fn set_irqs(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result<u32> {
+    const HEAD: usize = size_of::<IrqSet>();
+    let (set, _) = vfio::read::<IrqSet, _>(caller, arg, HEAD)?;
+    let device = grant.user.device();
+    let indexes = device.info()?.num_irqs;
+    let count = if set.index < indexes {
+        device.irq(set.index)?.count
+    } else {
+        0
+    };
+    let len = set.data_size(count, indexes)?;
+    let mut data = vec![0; len];
+    if len > 0 {
+        caller.copy_in(arg.checked_add(HEAD as u64).ok_or(Errno::FAULT)?, &mut data)?;
+    }
+    let eventfds = CallersEventfds {
+        data: &data,
+        caller,
+    };
+    grant.session.set_irqs(SetIrqs {
+        index: set.index,
+        start: set.start,
+        count: set.count,
+        // Central validation leaves the action to the driver; no driver knows none or several.
+        action: match set.flags & ACTIONS {
+            IrqSetFlags::ACTION_MASK => Action::Mask,
+            IrqSetFlags::ACTION_UNMASK => Action::Unmask,
+            IrqSetFlags::ACTION_TRIGGER => Action::Trigger,
+            _ => return Err(Errno::NOTTY),
+        },
+        data: match set.flags & IrqSetFlags::DATA_MASK {
+            IrqSetFlags::DATA_NONE => Data::None,
+            IrqSetFlags::DATA_BOOL => Data::Bool(&data),
+            _ => Data::Eventfd(&eventfds),
+        },
+    })
+}
+
+fn query_gfx_plane(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
+    const MIN: usize = 60;
+    let (mut info, _) = vfio::read::<GfxPlaneInfo, _>(caller, arg, MIN)?;
+    let probe = info.flags.contains(GfxPlaneFlags::PROBE);
+    let kind = info.flags - GfxPlaneFlags::PROBE;
+    let region = if kind == GfxPlaneFlags::REGION {
+        true
+    } else if kind == GfxPlaneFlags::DMABUF {
+        false
+    } else {
+        return Err(Errno::INVAL);
+    };
+    let plane = grant.session.gfx_plane(GfxQuery { probe, region })?;
+    if probe {
+        return Ok(());
+    }
+    info.drm_format = plane.drm_format;
+    info.drm_format_mod = plane.drm_format_mod;
+    info.width = plane.width;
+    info.height = plane.height;
+    info.stride = plane.stride;
+    info.size = plane.size;
+    info.x_pos = 0;
+    info.y_pos = 0;
+    info.x_hot = 0;
+    info.y_hot = 0;
+    info.id = plane.region_index;
+    vfio::write_back(caller, arg, &info, MIN as u32)
+}
+
+fn feature(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
+    const HEAD: usize = size_of::<FeatureHeader>();
+    let (head, argsz) = vfio::read::<FeatureHeader, _>(caller, arg, HEAD)?;
+    head.flags.check()?;
+    let probe = head.flags.contains(FeatureFlags::PROBE);
+    let room = (argsz as usize).saturating_sub(HEAD).min(FEATURE_DATA_MAX);
+    let mut data = vec![0; if probe { 0 } else { room }];
+    let at = arg.checked_add(HEAD as u64).ok_or(Errno::FAULT)?;
+    if !data.is_empty() {
+        caller.copy_in(at, &mut data)?;
+    }
+    grant.session.feature(Feature {
+        flags: head.flags,
+        data: &mut data,
+    })?;
+    if head.flags.contains(FeatureFlags::GET) && !data.is_empty() {
+        caller.copy_out(at, &data)?;
+    }
+    Ok(())
+}
+
+fn attach(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
+    let (mut attach, _) = vfio::read::<AttachIommufdPt, _>(caller, arg, 12)?;
+    if attach.flags.intersects(!AttachFlags::PASID) {
+        return Err(Errno::INVAL);
+    }
+    if attach.flags.contains(AttachFlags::PASID) {
+        return Err(no_pasid(grant, arg, caller, &mut attach, 12, 16));
+    }
+    let Some(binding) = grant.session.binding() else {
+        return Err(Errno::NOTTY);
+    };
+    {
+        let _set = grant.session.set_lock();
+        attach.pt_id = binding.attach(attach.pt_id)?;
+    }
+    let at = arg + offset_of!(AttachIommufdPt, pt_id) as u64;
+    caller
+        .copy_out(at, &attach.pt_id.to_ne_bytes())
+        .inspect_err(|_| {
+            let _set = grant.session.set_lock();
+            binding.detach();
+        })
+}
+
+fn detach(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
+    let (mut detach, _) = vfio::read::<DetachIommufdPt, _>(caller, arg, 8)?;
+    if detach.flags.intersects(!DetachFlags::PASID) {
+        return Err(Errno::INVAL);
+    }
+    if detach.flags.contains(DetachFlags::PASID) {
+        return Err(no_pasid(grant, arg, caller, &mut detach, 8, 12));
+    }
+    let Some(binding) = grant.session.binding() else {
+        return Err(Errno::NOTTY);
+    };
+    let _set = grant.session.set_lock();
+    binding.detach();
+    Ok(())
+}
+
+/// No emulated device has PASIDs (`EOPNOTSUPP` whatever the size); a physical one here sits
+/// behind an IOMMU without them, which is found out after the size.
+fn no_pasid<T: zerocopy::FromBytes + zerocopy::IntoBytes>(
+    grant: &Grant,
+    arg: u64,
+    caller: &dyn Caller,
+    value: &mut T,
+    from: usize,
+    to: usize,
+) -> Errno {
+    if grant.user.device().kind() == Some(GroupType::Physical)
+        && let Err(errno) = vfio::read_more(caller, arg, value, from, to)
+    {
+        return errno;
+    }
+    Errno::OPNOTSUPP
+}

@@ -1,0 +1,42 @@
+//! The life of a device.
+//!
+//! ```text
+//!             alloc: slot, number, init            register: set, group, visible
+//!   (nothing) ───────────────► UnregisteredDevice ──────────────► Registration ─┐
+//!                                     │ drop                                    │ unregister: no new users
+//!                                     ▼                                         ▼
+//!   release ◄── last Device reference dropped ◄──── rundown ◄──────── Unregistering (asks, waits)
+//!
+//!   users:   Device::try_user ─► User ─ bind ─► session ─ drop: close, reference, count
+//! ```
+//!
+//! Steps of one owner are types, consumed by the next step; what others can change at any moment
+//! (registered? open?) are guards. A driver sees none of them: it implements [`DeviceOps`], and
+//! its bus, which lives in this crate, does the rest.
+
+mod file;
+mod handle;
+mod housekeeper;
+mod ioctl;
+mod ops;
+mod region;
+mod set;
+mod shared;
+mod slot;
+mod users;
+
+pub use file::{DeviceFile, Opener};
+pub use handle::{
+    Device, Pending, Policy, Registration, UnregisteredDevice, Unregistering, User, WeakDevice,
+};
+pub use ops::{
+    DeviceInfo, DeviceOps, Dma, DmaSpace, Feature, GfxPlane, GfxQuery, InitCx, IrqInfo, OpenCx,
+    RegionCap, RegionInfo, RegionMemory, RegionPos, RequestChannel,
+};
+pub use shared::{GroupType, Life};
+pub use slot::ReleaseSlot;
+
+pub(crate) use housekeeper::Housekeeper;
+pub(crate) use set::Sets;
+pub(crate) use shared::{Binding, Head};
+pub(crate) use users::Rundown;
