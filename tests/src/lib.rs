@@ -1,1 +1,9 @@
 //! What the end-to-end tests share: starting a daemon, finding the built programs, guests.
+
+mod console;
+pub mod guest;
+mod initramfs;
+pub mod packages;
+pub mod skip;
+
+pub use skip::skip;

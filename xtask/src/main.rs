@@ -1,3 +1,45 @@
 //! What people who work on vfiod run: tests with their real clients, benchmarks, checks.
 
-fn main() {}
+mod check;
+mod packages;
+mod suites;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::Subcommand;
+
+/// Tests, checks and benchmarks of vfiod.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Run the tests: units, documentation, then real clients on the built programs
+    Test(suites::Options),
+    /// Check the rules of the architecture: dependencies between crates, unsafe code, long files
+    Check,
+    /// Fetch and install what the tests need, and run none
+    Prepare,
+}
+
+fn main() -> ExitCode {
+    let result = workspace::Workspace::load().and_then(|workspace| match Cli::parse().command {
+        Task::Test(options) => suites::run(&workspace, &options),
+        Task::Check => check::run(&workspace),
+        Task::Prepare => suites::prepare(&workspace).map(|()| true),
+    });
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
