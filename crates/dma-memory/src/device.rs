@@ -30,16 +30,19 @@ pub struct DeviceMemory {
     is_revoked: AtomicBool,
 }
 
+/// Shows in `/proc/PID/maps` as "/memfd:vfio".
+const NAME: &str = "vfio";
+
 impl DeviceMemory {
-    /// `size` bytes of zeros, rounded up to whole pages. `name` shows in `/proc/PID/maps`.
+    /// `size` bytes of zeros, rounded up to whole pages.
     ///
     /// Nobody can add seals, so nobody can keep us from truncating. For clients that get the descriptor
     /// itself see [`DeviceMemory::create_sealed`].
     ///
     /// # Errors
     /// [`Errno::INVAL`]: `size` is 0 or absurd. [`Errno::MFILE`], [`Errno::NOMEM`].
-    pub fn create(name: &str, size: u64) -> Result<Self> {
-        Self::make(name, size, SealFlags::SEAL)
+    pub fn create(size: u64) -> Result<Self> {
+        Self::make(size, SealFlags::SEAL)
     }
 
     /// As [`DeviceMemory::create`], and the file can never grow: not by a client that holds the
@@ -47,11 +50,11 @@ impl DeviceMemory {
     ///
     /// # Errors
     /// As [`DeviceMemory::create`].
-    pub fn create_sealed(name: &str, size: u64) -> Result<Self> {
-        Self::make(name, size, SealFlags::SEAL | SealFlags::GROW)
+    pub fn create_sealed(size: u64) -> Result<Self> {
+        Self::make(size, SealFlags::SEAL | SealFlags::GROW)
     }
 
-    fn make(name: &str, size: u64, seals: SealFlags) -> Result<Self> {
+    fn make(size: u64, seals: SealFlags) -> Result<Self> {
         let size = size
             .checked_next_multiple_of(rustix::param::page_size() as u64)
             .ok_or(Errno::INVAL)?;
@@ -60,9 +63,9 @@ impl DeviceMemory {
             .filter(|len| (1..=isize::MAX as usize).contains(len))
             .ok_or(Errno::INVAL)?;
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let made = match rustix::fs::memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL) {
+        let made = match rustix::fs::memfd_create(NAME, flags | MemfdFlags::NOEXEC_SEAL) {
             // Before Linux 6.3.
-            Err(Errno::INVAL) => rustix::fs::memfd_create(name, flags)?,
+            Err(Errno::INVAL) => rustix::fs::memfd_create(NAME, flags)?,
             other => other?,
         };
         rustix::fs::ftruncate(&made, size)?;
@@ -136,12 +139,10 @@ impl DeviceMemory {
     /// Takes the memory away from everybody who maps it (`unmap_mapping_range` of vfio-pci): from the
     /// return on a client's access is SIGBUS and ours is [`Errno::NODEV`]. The contents are gone and the
     /// pages are free. Nobody can prevent it.
-    ///
-    /// # Errors
-    /// Those of ftruncate; none is known for memory.
-    pub fn revoke(&self) -> Result<()> {
+    pub fn revoke(&self) {
         self.is_revoked.store(true, Ordering::SeqCst);
-        rustix::fs::ftruncate(&self.file, 0)
+        // Shrinking a file in memory fails only for a seal, and nobody can add one.
+        let _ = rustix::fs::ftruncate(&self.file, 0);
     }
 
     /// Gives the memory back, zeroed: mappings that clients still have work again.
@@ -169,9 +170,17 @@ impl DeviceMemory {
     /// exactly in between waits for that moment; one with O_NONBLOCK would fail with EWOULDBLOCK. So do
     /// not ask while answering an open of the same device.
     ///
+    /// False also where leases cannot be had; [`DeviceMemory::probe_openers`] tells the difference.
+    #[must_use]
+    pub fn has_other_openers(&self) -> bool {
+        self.probe_openers().unwrap_or(false)
+    }
+
+    /// [`DeviceMemory::has_other_openers`], with the reason if it cannot be told.
+    ///
     /// # Errors
     /// [`Errno::ACCESS`]: neither owner of the file nor CAP_LEASE. [`Errno::INVAL`]: leases are off.
-    pub fn has_other_openers(&self) -> Result<bool> {
+    pub fn probe_openers(&self) -> Result<bool> {
         match sys::try_lease(self.file.as_fd()) {
             Ok(()) => Ok(false),
             Err(Errno::AGAIN) => Ok(true),
