@@ -2,5 +2,6 @@
 //! 4348:3253 with one or two 16550A ports, each connected to a pty, a socket, a file, the
 //! standard streams, or to itself.
 
+pub mod port;
 pub mod spec;
 pub mod uart;
