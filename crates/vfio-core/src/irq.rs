@@ -23,6 +23,11 @@ pub trait EventfdSource {
     /// The `n`th descriptor of the request as something to signal; `None` for -1 (any negative
     /// number). `EBADF` when it is not open, `EINVAL` when it is not an eventfd.
     fn eventfd(&self, n: usize) -> Result<Option<Trigger>>;
+
+    /// True for a number that is neither a descriptor nor -1, which ERR and REQ refuse.
+    fn is_invalid(&self, _n: usize) -> bool {
+        false
+    }
 }
 
 /// The data of a request, one of the three `VFIO_IRQ_SET_DATA_*` kinds.

@@ -156,10 +156,23 @@ struct CallersEventfds<'a> {
     caller: &'a dyn Caller,
 }
 
+impl CallersEventfds<'_> {
+    fn number(&self, n: usize) -> Option<i32> {
+        self.data
+            .as_chunks::<4>()
+            .0
+            .get(n)
+            .map(|word| i32::from_ne_bytes(*word))
+    }
+}
+
 impl EventfdSource for CallersEventfds<'_> {
+    fn is_invalid(&self, n: usize) -> bool {
+        self.number(n).is_some_and(|fd| fd < -1)
+    }
+
     fn eventfd(&self, n: usize) -> Result<Option<Trigger>> {
-        let (words, _) = self.data.as_chunks::<4>();
-        let fd = i32::from_ne_bytes(*words.get(n).ok_or(Errno::INVAL)?);
+        let fd = self.number(n).ok_or(Errno::INVAL)?;
         if fd < 0 {
             return Ok(None);
         }

@@ -205,9 +205,9 @@ mod tests {
         let rundown = users.close();
         let ran = Arc::new(std::sync::atomic::AtomicU32::new(0));
         for _ in 0..2 {
-            let ran = Arc::clone(&ran);
+            let early = Arc::clone(&ran);
             rundown.on_done(Box::new(move || {
-                ran.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                early.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             }));
             assert_eq!(ran.load(std::sync::atomic::Ordering::Relaxed), 0);
         }
