@@ -1,5 +1,6 @@
 //! What people who work on vfiod run: tests with their real clients, benchmarks, checks.
 
+mod bench;
 mod check;
 mod packages;
 mod suites;
@@ -22,6 +23,8 @@ struct Cli {
 enum Task {
     /// Run the tests: units, documentation, then real clients on the built programs
     Test(suites::Options),
+    /// Measure speed, as ratios within one run
+    Bench(bench::Options),
     /// Check the rules of the architecture: dependencies between crates, unsafe code, long files
     Check,
     /// Fetch and install what the tests need, and run none
@@ -31,6 +34,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = workspace::Workspace::load().and_then(|workspace| match Cli::parse().command {
         Task::Test(options) => suites::run(&workspace, &options),
+        Task::Bench(options) => bench::run(&workspace, &options),
         Task::Check => check::run(&workspace),
         Task::Prepare => suites::prepare(&workspace).map(|()| true),
     });
