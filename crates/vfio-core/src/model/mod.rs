@@ -1,6 +1,8 @@
 //! Buses, drivers, devices, classes, IOMMU groups: the kernel's device model (`drivers/base`,
 //! `drivers/iommu/iommu.c`), as far as a VFIO program can see it.
 
+pub mod mdev;
+
 use crate::device::Device;
 use crate::index::{Index, IndexPool};
 use crate::{Errno, Result};
