@@ -9,6 +9,11 @@
 //! Not emulated: the time a character takes (the owner pops bytes when the far end has room), the
 //! meaning of the divisor, parity, and DMA signalling.
 
+mod saved;
+
+pub use saved::InvalidState;
+pub use saved::SAVED_LEN;
+
 use crate::mtty::spec::fcr;
 use crate::mtty::spec::ier;
 use crate::mtty::spec::iir;
@@ -24,9 +29,6 @@ pub const FIFO_SIZE: usize = 16;
 /// Character times without traffic after which a receive FIFO below its trigger level asks for
 /// attention (data sheet, "FIFO timeout interrupts").
 pub const TIMEOUT_CHARACTERS: u8 = 4;
-
-/// Bytes that [`State::save`] makes.
-pub const SAVED_LEN: usize = 64;
 
 /// The divisor after reset: 9600 baud from the usual 1.8432 MHz clock.
 const RESET_DIVISOR: u16 = 12;
@@ -75,11 +77,6 @@ impl ModemInputs {
         }
     }
 }
-
-/// A saved state that no 16550A can be in; see [`State::restore`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the saved UART state is inconsistent: {0}")]
-pub struct InvalidState(&'static str);
 
 /// A queue of at most [`FIFO_SIZE`]. The oldest is always at the front, so two queues of equal
 /// content are equal.
@@ -249,6 +246,17 @@ impl State {
         Some(byte & self.word_mask())
     }
 
+    /// Offers the bytes for the line one by one, until there are no more or one is not taken,
+    /// which then stays first.
+    pub fn transmit_to(&mut self, mut take: impl FnMut(u8) -> bool) {
+        while self.has_output()
+            && let Some(byte) = self.tx.as_slice().first()
+            && take(byte & self.word_mask())
+        {
+            self.transmit();
+        }
+    }
+
     /// Whether [`transmit`](Self::transmit) has something to give.
     pub fn has_output(&self) -> bool {
         !self.looped() && !self.tx.is_empty()
@@ -329,143 +337,6 @@ impl State {
     /// is marking.
     pub fn sends_break(&self) -> bool {
         !self.looped() && self.lcr & lcr::BREAK != 0
-    }
-
-    /// The state as bytes, for [`restore`](Self::restore). The layout is: IER, FCR, LCR, MCR, SCR,
-    /// divisor (little-endian), line errors, inputs and deltas as MSR, THRE pending, idle time,
-    /// lengths of receive and transmit FIFO, reserved zero, then 16 received bytes, their 16
-    /// errors, 16 bytes to transmit, and zeros to the end.
-    pub fn save(&self) -> [u8; SAVED_LEN] {
-        let Self {
-            ier,
-            fcr,
-            lcr,
-            mcr,
-            scr,
-            divisor,
-            rx,
-            tx,
-            line_errors,
-            inputs,
-            deltas,
-            thre_pending,
-            rx_idle,
-        } = self;
-        let [dll, dlm] = divisor.to_le_bytes();
-        let lens = [rx.len, tx.len].map(|len| u8::try_from(len).unwrap_or(u8::MAX));
-        let mut out = [0; SAVED_LEN];
-        out[..14].copy_from_slice(&[
-            *ier,
-            *fcr,
-            *lcr,
-            *mcr,
-            *scr,
-            dll,
-            dlm,
-            *line_errors,
-            inputs | deltas,
-            u8::from(*thre_pending),
-            *rx_idle,
-            lens[0],
-            lens[1],
-            0,
-        ]);
-        for (i, (received, byte)) in rx.slots.iter().zip(&tx.slots).enumerate() {
-            out[14 + i] = received.byte;
-            out[14 + FIFO_SIZE + i] = received.errors;
-            out[14 + 2 * FIFO_SIZE + i] = *byte;
-        }
-        out
-    }
-
-    /// The state that [`save`](Self::save) made, or why these bytes are none: they may come from
-    /// a client.
-    pub fn restore(saved: &[u8; SAVED_LEN]) -> Result<Self, InvalidState> {
-        let [
-            ier,
-            fcr,
-            lcr,
-            mcr,
-            scr,
-            dll,
-            dlm,
-            line_errors,
-            msr,
-            thre_pending,
-            rx_idle,
-            rx_len,
-            tx_len,
-            _,
-            ..,
-        ] = *saved;
-        let mut state = Self {
-            ier,
-            fcr,
-            lcr,
-            mcr,
-            scr,
-            divisor: u16::from_le_bytes([dll, dlm]),
-            rx: Fifo::default(),
-            tx: Fifo::default(),
-            line_errors,
-            inputs: msr & msr::LINES,
-            deltas: msr & msr::DELTAS,
-            thre_pending: thre_pending == 1,
-            rx_idle,
-        };
-        let capacity = state.capacity();
-        let (rx_len, tx_len) = (usize::from(rx_len), usize::from(tx_len));
-        for (bad, what) in [
-            (ier & !ier::MASK != 0, "IER has bits that do not exist"),
-            (
-                fcr & !(fcr::ENABLE | fcr::DMA_MODE | fcr::TRIGGER) != 0,
-                "FCR has bits that do not stay",
-            ),
-            (
-                fcr & fcr::ENABLE == 0 && fcr != 0,
-                "FCR has settings without FIFOs",
-            ),
-            (mcr & !mcr::MASK != 0, "MCR has bits that do not exist"),
-            (
-                line_errors & !lsr::ERRORS != 0,
-                "LSR has errors that do not exist",
-            ),
-            (thre_pending > 1, "a flag is neither 0 nor 1"),
-            (
-                thre_pending == 1 && tx_len > 0,
-                "the transmitter reports empty and is not",
-            ),
-            (
-                rx_idle > TIMEOUT_CHARACTERS || (rx_idle > 0 && (rx_len == 0 || fcr == 0)),
-                "idle time without something to wait for",
-            ),
-            (
-                rx_len > capacity || tx_len > capacity,
-                "more characters than the FIFO holds",
-            ),
-            (
-                state.looped() && tx_len > 0,
-                "something to transmit in loopback mode",
-            ),
-        ] {
-            if bad {
-                return Err(InvalidState(what));
-            }
-        }
-        for i in 0..rx_len {
-            let received = Received {
-                byte: saved[14 + i],
-                errors: saved[14 + FIFO_SIZE + i],
-            };
-            if received.errors & !lsr::CHARACTER_ERRORS != 0 || (i == 0 && received.errors != 0) {
-                return Err(InvalidState("a character has errors it cannot have"));
-            }
-            state.rx.push(received);
-        }
-        for byte in &saved[14 + 2 * FIFO_SIZE..][..tx_len] {
-            state.tx.push(*byte);
-        }
-        Ok(state)
     }
 
     fn dlab(&self) -> bool {

@@ -49,6 +49,15 @@ impl Outlet {
     /// [`Line::room`]: super::Line::room
     #[must_use = "a byte that was not taken stays with the UART"]
     pub fn send(&self, byte: u8) -> bool {
+        let taken = self.offer(byte);
+        self.flush();
+        taken
+    }
+
+    /// [`send`](Self::send) without a system call, for callers that hold a lock: they call
+    /// [`flush`](Self::flush) once they have released it.
+    #[must_use = "a byte that was not taken stays with the UART"]
+    pub fn offer(&self, byte: u8) -> bool {
         let mut queue = self.0.lock();
         if !queue.connected || queue.stop {
             return true;
@@ -62,16 +71,23 @@ impl Outlet {
         } else {
             false
         };
-        let wake = if taken {
-            std::mem::take(&mut queue.asleep)
-        } else {
-            queue.refused.replace(Instant::now()).is_none()
-        };
-        drop(queue);
-        if wake {
-            self.0.wake();
+        if taken {
+            let asleep = std::mem::take(&mut queue.asleep);
+            queue.wanted |= asleep;
+        } else if queue.refused.is_none() {
+            // Since the first refusal: a guest that tries again all the time waits no longer.
+            queue.refused = Some(Instant::now());
+            queue.wanted = true;
         }
         taken
+    }
+
+    /// Lets the thread know of what was offered, if it has to.
+    pub fn flush(&self) {
+        let wanted = std::mem::take(&mut self.0.lock().wanted);
+        if wanted {
+            self.0.wake();
+        }
     }
 
     /// The UART has room again: offers what [`Line::receive`](super::Line::receive) left. Costs
@@ -106,6 +122,8 @@ pub(super) struct Queue {
     pub(super) dropped: u64,
     /// The thread sleeps with nothing to write; the next byte must wake it.
     pub(super) asleep: bool,
+    /// The thread has something to learn and has not been woken.
+    pub(super) wanted: bool,
     pub(super) stop: bool,
 }
 
