@@ -291,3 +291,27 @@ fn end_of_copy(errno: nix::errno::Errno) -> Result<()> {
         other => Err(Errno::from_raw_os_error(other as i32)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_leaders_table_serves_kernels_without_thread_pidfds() {
+        let me = rustix::process::getpid().as_raw_nonzero().get();
+        let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap();
+        let n = rustix::fd::AsRawFd::as_raw_fd(&event);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let tid = rustix::thread::gettid().as_raw_nonzero().get();
+                assert_ne!(tid, me);
+                let fd = Caller::new(tid).unwrap().get_fd_of_leader(n).unwrap();
+                assert!(is_eventfd(&fd));
+            });
+        });
+        assert_eq!(
+            Caller::new(me).unwrap().get_fd_of_leader(-1).unwrap_err(),
+            Errno::BADF
+        );
+    }
+}

@@ -410,3 +410,30 @@ fn unreadable(errno: Errno) -> Errno {
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_of_maps_says_the_same_as_the_query() {
+        let me = Caller::new(rustix::process::getpid().as_raw_nonzero().get()).unwrap();
+        let memory = Memory::of(me).unwrap();
+        assert!(memory.is_alive());
+        for addr in [
+            &raw const memory as u64,
+            memory.key.auxv.as_ptr() as u64,
+            lock::<u8> as *const () as u64,
+        ] {
+            let text = memory.query_text(addr).unwrap();
+            match memory.query_kernel(addr) {
+                Ok(query) => assert_eq!(query, text),
+                Err(errno) => assert_eq!(errno, Errno::NOTTY),
+            }
+        }
+        assert_eq!(memory.query_text(0), Err(Errno::FAULT));
+        memory.can_query.store(false, Ordering::Relaxed);
+        assert!(memory.is_alive() && !memory.query_is_cheap());
+        assert_eq!(memory.query(0), Err(Errno::FAULT));
+    }
+}
