@@ -511,10 +511,13 @@ impl Connection {
         }
     }
 
+    /// Enters a request as under way.
+    pub(crate) fn register(&self, header: &wire::InHeader) -> Reply {
+        Reply::new(&self.shared, header.unique, header.opcode)
+    }
+
     pub(crate) fn dispatch(&self, message: &[u8], handler: &dyn Handler) {
-        let parsed = parse(message, |header| {
-            Reply::new(&self.shared, header.unique, header.opcode)
-        });
+        let parsed = parse(message, |header| self.register(header));
         match parsed {
             Ok(Message::Request(request)) => {
                 let _serving = Serving::enter(&self.shared);

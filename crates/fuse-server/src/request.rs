@@ -732,3 +732,183 @@ fn set_attrs(wire: &wire::SetattrIn) -> SetAttrs {
         fh: valid.contains(SetattrValid::FH).then_some(wire.fh),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use zerocopy::IntoBytes;
+
+    use super::*;
+    use crate::Config;
+    use crate::Connection;
+    use crate::Negotiated;
+    use crate::wire::Features;
+
+    /// A connection whose answers go to nobody: the parser needs somewhere to register.
+    fn connection() -> Connection {
+        let null = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/null")
+            .expect("/dev/null");
+        let negotiated = Negotiated {
+            kernel_minor: 40,
+            features: Features::empty(),
+            max_write: 4096,
+        };
+        Connection::resume(null.into(), negotiated, &Config::default())
+    }
+
+    fn message(opcode: u32, body: &[u8]) -> Vec<u8> {
+        let header = wire::InHeader {
+            len: 40 + body.len() as u32,
+            opcode,
+            unique: 6,
+            node: 1,
+            ..wire::InHeader::default()
+        };
+        [header.as_bytes(), body].concat()
+    }
+
+    /// What the parser makes of it, as text, with the reply answered.
+    fn parsed(connection: &Connection, message: &[u8]) -> Result<String, ParseError> {
+        parse(message, |header| connection.register(header)).map(|message| {
+            let text = format!("{message:?}");
+            if let Message::Request(request) = message {
+                if let Operation::Forget(forgets) = &request.op {
+                    let _ = forgets.clone().count();
+                }
+                let _ = request.op.error(Errno::NOSYS);
+            }
+            text
+        })
+    }
+
+    #[test]
+    fn short_messages_are_errors_and_leave_nothing_registered() {
+        let connection = connection();
+        assert_eq!(parsed(&connection, &[0; 39]), Err(ParseError::NoHeader));
+        assert_eq!(
+            parsed(&connection, &message(opcode::LOOKUP, b"no end")),
+            Err(ParseError::Short)
+        );
+        assert_eq!(
+            parsed(&connection, &message(opcode::READ, &[0; 39])),
+            Err(ParseError::Short)
+        );
+        assert_eq!(
+            parsed(&connection, &message(4096, &[0; 100])),
+            Err(ParseError::Unknown)
+        );
+        let write = wire::WriteIn {
+            size: 9,
+            ..wire::WriteIn::default()
+        };
+        assert_eq!(
+            parsed(
+                &connection,
+                &message(opcode::WRITE, &[write.as_bytes(), &[0; 8]].concat())
+            ),
+            Err(ParseError::Short)
+        );
+        let ioctl = wire::IoctlIn {
+            in_size: u32::MAX,
+            ..wire::IoctlIn::default()
+        };
+        assert_eq!(
+            parsed(&connection, &message(opcode::IOCTL, ioctl.as_bytes())),
+            Err(ParseError::Short)
+        );
+        let batch = wire::BatchForgetIn {
+            count: u32::MAX,
+            dummy: 0,
+        };
+        assert_eq!(
+            parsed(
+                &connection,
+                &message(opcode::BATCH_FORGET, batch.as_bytes())
+            ),
+            Err(ParseError::Short)
+        );
+        assert_eq!(connection.in_flight(), 0);
+    }
+
+    #[test]
+    fn arguments_come_out_as_they_went_in() {
+        let connection = connection();
+        let two = [
+            ForgetOne {
+                node: 3,
+                nlookup: 1,
+            },
+            ForgetOne {
+                node: 9,
+                nlookup: 4,
+            },
+        ];
+        let batch = [
+            wire::BatchForgetIn { count: 2, dummy: 0 }.as_bytes(),
+            two.as_bytes(),
+        ]
+        .concat();
+        let bytes = message(opcode::BATCH_FORGET, &batch);
+        let Ok(Message::Request(Request {
+            op: Operation::Forget(forgets),
+            ..
+        })) = parse(&bytes, |_| unreachable!("no answer"))
+        else {
+            panic!("a batch");
+        };
+        assert_eq!(forgets.collect::<Vec<_>>(), two);
+
+        let body = [
+            wire::Rename2In {
+                new_parent: 5,
+                flags: 1,
+                padding: 0,
+            }
+            .as_bytes(),
+            b"a\0b\0",
+        ]
+        .concat();
+        let text = parsed(&connection, &message(opcode::RENAME2, &body)).expect("well formed");
+        assert!(
+            text.contains(r#"name: "a", new_parent: 5, new_name: "b", flags: 1"#),
+            "{text}"
+        );
+
+        let set = wire::SetattrIn {
+            valid: (SetattrValid::SIZE | SetattrValid::MTIME_NOW).bits(),
+            size: 12,
+            ..wire::SetattrIn::default()
+        };
+        let attrs = set_attrs(&set);
+        assert_eq!(
+            attrs,
+            SetAttrs {
+                size: Some(12),
+                mtime: Some(SetTime::Now),
+                ..SetAttrs::default()
+            }
+        );
+        assert_eq!(
+            parsed(
+                &connection,
+                &message(opcode::INTERRUPT, &8_u64.to_ne_bytes())
+            )
+            .expect("well formed"),
+            "Interrupt(8)"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_parser_panic(opcode in 0_u32..60, body in prop::collection::vec(any::<u8>(), 0..300), cut in 0_usize..340) {
+            let connection = connection();
+            let mut bytes = message(opcode, &body);
+            bytes.truncate(cut);
+            let _ = parsed(&connection, &bytes);
+            prop_assert_eq!(connection.in_flight(), 0);
+        }
+    }
+}

@@ -1,8 +1,6 @@
 //! How a node gets a connection of its own at first use: the OPEN on the main connection is answered ESTALE after another connection was mounted on
 //! top of the node, and the kernel walks the path once more (`fs/namei.c`, `do_filp_open`: `LOOKUP_REVAL`), now into the new mount.
 
-mod common;
-
 use std::fs::File;
 use std::io::BufRead;
 use std::io::BufReader;
@@ -18,11 +16,11 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 
-use common::Files;
-use common::NODE;
-use common::Tree;
-use common::pass;
-use common::until;
+use crate::common::Files;
+use crate::common::NODE;
+use crate::common::Tree;
+use crate::common::pass;
+use crate::common::until;
 use fuse_server::Connection;
 use fuse_server::Mount;
 use fuse_server::MountOptions;
@@ -51,18 +49,39 @@ fn redirecting() -> Option<Redirecting> {
     let reached = Arc::new(AtomicU64::new(0));
     let (seen, count) = (Arc::clone(&mounted), Arc::clone(&reached));
     let tree = Tree::hooked(Box::new(move |request: Request<'_>| {
-        let Request { caller, unique, node, resent, op } = request;
+        let Request {
+            caller,
+            unique,
+            node,
+            resent,
+            op,
+        } = request;
         match op {
             Operation::Open { flags, reply } if node == NODE => {
                 count.fetch_add(1, Ordering::SeqCst);
                 if seen.load(Ordering::SeqCst) {
                     // The opener does not see the mount: it is served here.
-                    return Some(Request { caller, unique, node, resent, op: Operation::Open { flags, reply } });
+                    return Some(Request {
+                        caller,
+                        unique,
+                        node,
+                        resent,
+                        op: Operation::Open { flags, reply },
+                    });
                 }
-                send.lock().expect("not poisoned").send(reply).expect("the mounter lives");
+                send.lock()
+                    .expect("not poisoned")
+                    .send(reply)
+                    .expect("the mounter lives");
                 None
             }
-            op => Some(Request { caller, unique, node, resent, op }),
+            op => Some(Request {
+                caller,
+                unique,
+                node,
+                resent,
+                op,
+            }),
         }
     }))?;
     *tree.files.bytes.lock().expect("not poisoned") = b"main".to_vec();
@@ -73,8 +92,11 @@ fn redirecting() -> Option<Redirecting> {
         for reply in receive {
             let mut slot = slot.lock().expect("not poisoned");
             if slot.is_none() {
-                let options = MountOptions { root: Root::File, ..MountOptions::default() };
-                let served = common::serve(&options, &path, Box::new(pass));
+                let options = MountOptions {
+                    root: Root::File,
+                    ..MountOptions::default()
+                };
+                let served = crate::common::serve(&options, &path, Box::new(pass));
                 *served.0.bytes.lock().expect("not poisoned") = b"second".to_vec();
                 *slot = Some(served);
                 mounted.store(true, Ordering::SeqCst);
@@ -82,12 +104,20 @@ fn redirecting() -> Option<Redirecting> {
             let _ = reply.error(Errno::STALE);
         }
     });
-    Some(Redirecting { tree, second, reached })
+    Some(Redirecting {
+        tree,
+        second,
+        reached,
+    })
 }
 
 impl Redirecting {
     fn opens_of_second(&self) -> u64 {
-        self.second.lock().expect("not poisoned").as_ref().map_or(0, |second| second.0.opens.load(Ordering::SeqCst))
+        self.second
+            .lock()
+            .expect("not poisoned")
+            .as_ref()
+            .map_or(0, |second| second.0.opens.load(Ordering::SeqCst))
     }
 
     fn end(self) {
@@ -122,9 +152,20 @@ impl Shell {
         let mut printed = String::new();
         loop {
             let mut answer = String::new();
-            assert_ne!(self.answers.read_line(&mut answer).expect("the shell lives"), 0, "the shell ended in: {line}");
+            assert_ne!(
+                self.answers
+                    .read_line(&mut answer)
+                    .expect("the shell lives"),
+                0,
+                "the shell ended in: {line}"
+            );
             match answer.strip_prefix("done ") {
-                Some(status) => return (printed.trim().to_owned(), status.trim().parse().expect("a status")),
+                Some(status) => {
+                    return (
+                        printed.trim().to_owned(),
+                        status.trim().parse().expect("a status"),
+                    );
+                }
                 None => printed.push_str(&answer),
             }
         }
@@ -140,19 +181,35 @@ impl Drop for Shell {
 
 /// Opens read-write, as another process, and reads.
 fn open_and_read(path: &std::path::Path) -> String {
-    let output = Command::new("sh").arg("-c").arg("exec 3<>\"$1\" && cat <&3").arg("sh").arg(path).output().expect("sh exists");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let output = Command::new("sh")
+        .arg("-c")
+        .arg("exec 3<>\"$1\" && cat <&3")
+        .arg("sh")
+        .arg(path)
+        .output()
+        .expect("sh exists");
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     String::from_utf8(output.stdout).expect("text")
 }
 
 #[test]
 fn the_first_open_lands_on_the_second_connection() {
-    let Some(redirecting) = redirecting() else { return };
+    let Some(redirecting) = redirecting() else {
+        return;
+    };
     assert_eq!(open_and_read(&redirecting.tree.file()), "second");
     assert_eq!(redirecting.opens_of_second(), 1);
     assert_eq!(redirecting.reached.load(Ordering::SeqCst), 1);
     // Later opens never reach the main connection.
-    let file = File::options().read(true).write(true).open(redirecting.tree.file()).expect("open");
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(redirecting.tree.file())
+        .expect("open");
     let mut bytes = [0; 6];
     file.read_exact_at(&mut bytes, 0).expect("read");
     assert_eq!(&bytes, b"second");
@@ -163,7 +220,9 @@ fn the_first_open_lands_on_the_second_connection() {
 
 #[test]
 fn concurrent_first_opens_all_land_on_the_second_connection() {
-    let Some(redirecting) = redirecting() else { return };
+    let Some(redirecting) = redirecting() else {
+        return;
+    };
     let path = redirecting.tree.file();
     std::thread::scope(|scope| {
         for _ in 0..16 {
@@ -176,27 +235,54 @@ fn concurrent_first_opens_all_land_on_the_second_connection() {
 
 #[test]
 fn it_propagates_through_a_bind_mount_in_a_slave_namespace() {
-    let Some(redirecting) = redirecting() else { return };
-    let elsewhere = common::Place::new();
+    let Some(redirecting) = redirecting() else {
+        return;
+    };
+    let elsewhere = crate::common::Place::new();
     let mut shell = Shell::in_namespace("slave");
-    let (_, status) = shell.run(&format!("mount --bind {} {}", redirecting.tree.place.path().display(), elsewhere.path().display()));
+    let (_, status) = shell.run(&format!(
+        "mount --bind {} {}",
+        redirecting.tree.place.path().display(),
+        elsewhere.path().display()
+    ));
     assert_eq!(status, 0);
-    assert_eq!(shell.run(&format!("exec 3<>{}/n && cat <&3", elsewhere.path().display())), ("second".to_owned(), 0));
+    assert_eq!(
+        shell.run(&format!(
+            "exec 3<>{}/n && cat <&3",
+            elsewhere.path().display()
+        )),
+        ("second".to_owned(), 0)
+    );
     assert_eq!(redirecting.opens_of_second(), 1);
     // Unmounting propagates too.
     drop(redirecting.second.lock().expect("not poisoned").take());
     let (mounts, _) = shell.run("exec 3<&-; cat /proc/self/mountinfo");
-    assert!(!mounts.contains(&format!("{}/n ", elsewhere.path().display())), "{mounts}");
+    assert!(
+        !mounts.contains(&format!("{}/n ", elsewhere.path().display())),
+        "{mounts}"
+    );
     drop(shell);
     redirecting.end();
 }
 
 #[test]
 fn without_propagation_the_retry_is_served_by_the_main_connection() {
-    let Some(redirecting) = redirecting() else { return };
+    let Some(redirecting) = redirecting() else {
+        return;
+    };
     let mut shell = Shell::in_namespace("private");
-    assert_eq!(shell.run(&format!("exec 3<>{} && cat <&3", redirecting.tree.file().display())), ("main".to_owned(), 0));
-    assert_eq!(redirecting.reached.load(Ordering::SeqCst), 2, "the first OPEN and its retry");
+    assert_eq!(
+        shell.run(&format!(
+            "exec 3<>{} && cat <&3",
+            redirecting.tree.file().display()
+        )),
+        ("main".to_owned(), 0)
+    );
+    assert_eq!(
+        redirecting.reached.load(Ordering::SeqCst),
+        2,
+        "the first OPEN and its retry"
+    );
     assert_eq!(redirecting.opens_of_second(), 0);
     drop(shell);
     // Outside, the mount is there.
@@ -207,24 +293,47 @@ fn without_propagation_the_retry_is_served_by_the_main_connection() {
 #[test]
 fn a_deleted_name_loses_its_mounts_in_every_namespace() {
     for delete in [true, false] {
-        let Some(redirecting) = redirecting() else { return };
+        let Some(redirecting) = redirecting() else {
+            return;
+        };
         let mut shell = Shell::in_namespace("slave");
-        let held = File::options().read(true).write(true).open(redirecting.tree.file()).expect("open");
+        let held = File::options()
+            .read(true)
+            .write(true)
+            .open(redirecting.tree.file())
+            .expect("open");
         let path = format!(" {} ", redirecting.tree.file().display());
         assert!(shell.run("cat /proc/self/mountinfo").0.contains(&path));
         let name = std::ffi::OsStr::new("n");
         if delete {
-            redirecting.tree.connection.notify_delete(1, NODE, name).expect("the kernel knows the name");
+            redirecting
+                .tree
+                .connection
+                .notify_delete(1, NODE, name)
+                .expect("the kernel knows the name");
         } else {
-            redirecting.tree.connection.notify_inval_entry(1, name).expect("the kernel knows the name");
+            redirecting
+                .tree
+                .connection
+                .notify_inval_entry(1, name)
+                .expect("the kernel knows the name");
         }
         assert!(!shell.run("cat /proc/self/mountinfo").0.contains(&path));
-        assert!(!std::fs::read_to_string("/proc/self/mountinfo").expect("proc").contains(&path));
+        assert!(
+            !std::fs::read_to_string("/proc/self/mountinfo")
+                .expect("proc")
+                .contains(&path)
+        );
         // What is open stays open, and its close ends the second connection.
         let mut bytes = [0; 6];
         held.read_exact_at(&mut bytes, 0).expect("still served");
         drop(held);
-        let second = redirecting.second.lock().expect("not poisoned").take().expect("mounted");
+        let second = redirecting
+            .second
+            .lock()
+            .expect("not poisoned")
+            .take()
+            .expect("mounted");
         until("the second connection ends", || second.1.has_ended());
         drop(second);
         drop(shell);
