@@ -1,3 +1,4 @@
 //! The devices: one module each.
 
 pub mod mtty;
+pub mod pci_config;
