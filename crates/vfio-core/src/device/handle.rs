@@ -316,6 +316,11 @@ impl Device {
         self.head().index.get()
     }
 
+    /// Unlike any other device's of this process, for ever: numbers are used again, this is not.
+    pub fn serial(&self) -> u64 {
+        self.head().serial
+    }
+
     /// `vfioN`. The number is the lowest free one at alloc: names are not stable.
     pub fn name(&self) -> String {
         format!("vfio{}", self.index())

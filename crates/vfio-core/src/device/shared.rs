@@ -14,7 +14,7 @@ use crate::model::{BusDevice, IommuGroup};
 use crate::{Core, Errno, Result};
 use dma_memory::DeviceMemory;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 /// How a device shares its parent's IOMMU group: `enum vfio_group_type`.
@@ -32,6 +32,8 @@ pub(crate) struct Head {
     pub(crate) core: Core,
     pub(crate) users: Arc<Users>,
     pub(crate) driver: &'static str,
+    /// Unlike any other device's of this process, for ever: numbers are used again, this is not.
+    pub(crate) serial: u64,
     pub(crate) files: Mutex<Vec<Weak<DeviceFile>>>,
     pub(crate) group: Mutex<Option<Arc<IommuGroup>>>,
     /// Taken in `register`: how it was registered.
@@ -165,6 +167,8 @@ impl DmaSpace for NoDma {
     }
 }
 
+static NEXT_SERIAL: AtomicU64 = AtomicU64::new(1);
+
 fn unpoison<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -203,6 +207,7 @@ impl<O: DeviceOps> Shared<O> {
                 core: core.clone(),
                 users: Users::new(),
                 driver: O::NAME,
+                serial: NEXT_SERIAL.fetch_add(1, Ordering::Relaxed),
                 files: Mutex::default(),
                 group: Mutex::default(),
                 kind: OnceLock::new(),

@@ -58,8 +58,7 @@ pub trait Driver: Send + Sync + 'static {
 
     /// What `init` gets for a new device of this type. Its errno is that of the write to
     /// `create` (`ENOSPC` when the parent has no more to give).
-    fn args(&self, device: &Arc<BusDevice>, ty: &Type)
-    -> Result<<Self::Ops as DeviceOps>::Args>;
+    fn args(&self, device: &Arc<BusDevice>, ty: &Type) -> Result<<Self::Ops as DeviceOps>::Args>;
 
     /// The place the device is to occupy in a structure of somebody else's, if it is not to
     /// stand for itself; see [`ReleaseSlot`].

@@ -1,0 +1,110 @@
+//! A FUSE request's caller as the core sees one.
+
+use crate::files::Files;
+use crate::identify::identify;
+use client_process::{Capability, FileId, Memory};
+use rustix::io::Errno;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, OnceLock};
+use vfio_core::caller::Caller;
+use vfio_core::device::Opener;
+use vfio_core::iommufd::Iommufd;
+use vfio_uapi::UserMemory;
+
+/// What it takes to tell which context a descriptor means.
+#[derive(Debug, Default)]
+pub(crate) struct Contexts {
+    pub(crate) files: Files<Iommufd>,
+    /// The iommu node, known once it is mounted.
+    pub(crate) node: OnceLock<FileId>,
+}
+
+/// The thread that waits for the answer to a request.
+pub(crate) struct FuseCaller<'a> {
+    pub(crate) thread: client_process::Caller,
+    pub(crate) contexts: &'a Contexts,
+}
+
+impl FuseCaller<'_> {
+    /// The caller of a request. `ESRCH` for a thread that we cannot see: one in a pid namespace
+    /// that ours does not contain.
+    pub(crate) fn new(tid: u32, contexts: &Contexts) -> Result<FuseCaller<'_>, Errno> {
+        let tid = i32::try_from(tid).map_err(|_| Errno::SRCH)?;
+        Ok(FuseCaller {
+            thread: client_process::Caller::new(tid)?,
+            contexts,
+        })
+    }
+}
+
+/// Who opens a file, as well as it can be told.
+pub(crate) fn opener(tid: u32) -> Opener {
+    let identity = i32::try_from(tid)
+        .ok()
+        .and_then(|tid| client_process::Caller::new(tid).ok())
+        .and_then(|thread| thread.identity().ok());
+    let since = std::time::SystemTime::now();
+    match identity {
+        Some(id) => Opener {
+            pid: id.tgid.as_raw_nonzero().get().unsigned_abs(),
+            comm: id.comm.to_string_lossy().into_owned(),
+            since,
+        },
+        None => Opener {
+            pid: 0,
+            comm: String::new(),
+            since,
+        },
+    }
+}
+
+impl UserMemory for FuseCaller<'_> {
+    fn copy_in(&self, addr: u64, buf: &mut [u8]) -> Result<(), Errno> {
+        self.thread.copy_in(addr, buf)
+    }
+
+    fn copy_out(&self, addr: u64, buf: &[u8]) -> Result<(), Errno> {
+        self.thread.copy_out(addr, buf)
+    }
+}
+
+impl Caller for FuseCaller<'_> {
+    fn pid(&self) -> u32 {
+        self.thread
+            .tgid()
+            .map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs())
+    }
+
+    fn comm(&self) -> String {
+        self.thread.identity().map_or_else(
+            |_| String::new(),
+            |id| id.comm.to_string_lossy().into_owned(),
+        )
+    }
+
+    fn capable(&self, capability: Capability) -> bool {
+        self.thread.capable(capability).unwrap_or(false)
+    }
+
+    fn get_fd(&self, fd: i32) -> Result<OwnedFd, Errno> {
+        self.thread.get_fd(fd)
+    }
+
+    fn iommufd(&self, fd: i32) -> Result<Arc<Iommufd>, Errno> {
+        // Our duplicate is the client's open file: asking our own node through it tells which one
+        // that is, whoever copied the descriptor how. It is closed before the reply, and while it
+        // is open the file cannot be released, so the number cannot mean another.
+        let duplicate = self.thread.get_fd(fd)?;
+        // Compared without asking any server: the file may be of one that never answers.
+        let id = FileId::of(&duplicate).map_err(|_| Errno::BADFD)?;
+        if self.contexts.node.get() != Some(&id) {
+            return Err(Errno::BADFD);
+        }
+        let fh = identify(&duplicate)?;
+        self.contexts.files.get(fh).ok_or(Errno::BADFD)
+    }
+
+    fn memory(&self) -> Result<Arc<Memory>, Errno> {
+        Memory::of(self.thread)
+    }
+}

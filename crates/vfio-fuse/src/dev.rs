@@ -1,0 +1,455 @@
+//! The `dev` tree: `vfio/devices/vfioN` and `iommu`.
+
+use crate::caller::{Contexts, FuseCaller};
+use crate::files::Files;
+use crate::identify::{IDENTIFY, is_ours};
+use crate::mounter::{Mounter, connection_config};
+use crate::node::{Node, Shared, Through, change, file_id};
+use crate::{Options, Owner};
+use client_process::FileId;
+use fuse_server::{
+    Attr, Connection, Entry, Handler, Mount, MountOptions, OpenFlags, Opened, Operation, Policy,
+    ReplyEntry, ReplyIoctl, Request, Workers,
+};
+use rustix::fs::FileType;
+use rustix::io::Errno;
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+use vfio_core::Core;
+use vfio_core::device::Device;
+use vfio_core::event::{Notice, Subscription, What};
+use vfio_core::iommufd::Iommufd;
+
+const ROOT: u64 = 1;
+const VFIO: u64 = 2;
+const DEVICES: u64 = 3;
+const IOMMU: u64 = 4;
+/// Node of a device: this plus its serial. Serials are not used again, so neither are nodes.
+const DEVICE: u64 = 1 << 32;
+
+/// `st_ino` of a device's node, whichever connection it is seen on.
+pub(crate) fn ino(serial: u64) -> u64 {
+    DEVICE + serial
+}
+
+/// The mounted `dev` tree. Dropping it unmounts.
+#[derive(Debug)]
+pub struct Dev {
+    tree: Arc<Tree>,
+    mount: Option<Mount>,
+    workers: Workers,
+    _events: Subscription,
+    path: PathBuf,
+}
+
+struct Tree {
+    core: Core,
+    shared: Arc<Shared>,
+    connection: OnceLock<Connection>,
+    nodes: Mutex<HashMap<u64, Known>>,
+    iommu: Mutex<Owner>,
+    device: Owner,
+    mounter: Arc<Mounter>,
+    redirect: bool,
+}
+
+/// A node that the kernel holds lookups of.
+struct Known {
+    node: Arc<Node>,
+    /// Opens that are served here, without a connection of the device's own.
+    through: Arc<Through>,
+    lookups: u64,
+}
+
+impl std::fmt::Debug for Tree {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tree")
+            .field("mounter", &self.mounter)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Dev {
+    /// Mounts the tree and serves it.
+    pub fn start(core: &Core, options: &Options) -> Result<Dev, Errno> {
+        make_dir(&options.dev)?;
+        let shared = Arc::new(Shared {
+            files: Files::default(),
+            contexts: Contexts::default(),
+            ioctl_deadline: options.ioctl_deadline,
+        });
+        let tree = Arc::new(Tree {
+            core: core.clone(),
+            shared,
+            connection: OnceLock::new(),
+            nodes: Mutex::default(),
+            iommu: Mutex::new(options.iommu),
+            device: options.device,
+            mounter: Mounter::new(options.dev.join("vfio/devices"), options.idle),
+            redirect: options.redirect,
+        });
+        let options_ = MountOptions {
+            shared: true,
+            ..MountOptions::default()
+        };
+        let (fd, mount) = options_.create()?;
+        let connection = Connection::new(fd, &connection_config())?;
+        let _ = tree.connection.set(connection.clone());
+        let policy = Policy {
+            name: "vfio-dev".into(),
+            // BIND asks this connection which context a descriptor is, from a thread that may be
+            // one of these.
+            threads: 2,
+            follow_cpu: false,
+            ..Policy::default()
+        };
+        let workers = Workers::start(connection, Arc::clone(&tree) as Arc<dyn Handler>, policy)?;
+        let mount = mount.attach(&options.dev)?;
+        let node = rustix::fs::open(
+            options.dev.join("iommu"),
+            rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC,
+            rustix::fs::Mode::empty(),
+        )?;
+        if let Some(id) = file_id(node) {
+            let _ = tree.shared.contexts.node.set(id);
+        }
+        let weak = Arc::downgrade(&tree);
+        let events = core.subscribe(move |notice| {
+            let Notice::Event(event) = notice else { return };
+            if !matches!(event.what, What::Unregistering { .. }) {
+                return;
+            }
+            if let Some(tree) = weak.upgrade() {
+                tree.forget_name(&event.device);
+            }
+        });
+        Ok(Dev {
+            tree,
+            mount: Some(mount),
+            workers,
+            _events: events,
+            path: options.dev.clone(),
+        })
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The files a client may hold that are this device's: its node here, its node on its own
+    /// connection, its memory.
+    pub fn file_ids(&self, device: &Device) -> Vec<FileId> {
+        let mut ids = Vec::new();
+        if let Some(iommu) = self.tree.shared.contexts.node.get() {
+            ids.push(FileId {
+                dev: iommu.dev,
+                ino: ino(device.serial()),
+            });
+        }
+        ids.extend(self.tree.mounter.file_id(device.serial()));
+        ids.extend(
+            device
+                .memory_if_made()
+                .and_then(|memory| file_id(memory.backing_fd())),
+        );
+        ids
+    }
+
+    /// How many devices have a mount of their own at the moment.
+    pub fn own_mounts(&self) -> usize {
+        self.tree.mounter.len()
+    }
+
+    /// Open device files and iommufd contexts.
+    pub fn open_files(&self) -> (usize, usize) {
+        (
+            self.tree.shared.files.len(),
+            self.tree.shared.contexts.files.len(),
+        )
+    }
+}
+
+impl Drop for Dev {
+    fn drop(&mut self) {
+        self.tree.mounter.stop();
+        drop(self.mount.take());
+        self.workers.wait(Duration::from_millis(200));
+    }
+}
+
+/// Makes a directory and those above it.
+pub(crate) fn make_dir(path: &Path) -> Result<(), Errno> {
+    std::fs::create_dir_all(path).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+}
+
+fn dir_attr(ino: u64) -> Attr {
+    Attr {
+        nlink: 2,
+        ..Attr::new(ino, 0o040_755, 0)
+    }
+}
+
+impl Tree {
+    fn nodes(&self) -> MutexGuard<'_, HashMap<u64, Known>> {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn node(&self, id: u64) -> Option<(Arc<Node>, Arc<Through>)> {
+        let nodes = self.nodes();
+        let known = nodes.get(&id)?;
+        Some((Arc::clone(&known.node), Arc::clone(&known.through)))
+    }
+
+    fn iommu_attr(&self) -> Attr {
+        let owner = *self.iommu.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut attr = Attr::new(IOMMU, 0o100_000 | owner.mode, 0);
+        (attr.uid, attr.gid) = (owner.uid, owner.gid);
+        attr
+    }
+
+    /// The device behind a name in `devices`: there only with char devices on.
+    fn device(&self, name: &OsStr) -> Option<Device> {
+        if !self.core.config().cdev {
+            return None;
+        }
+        self.core.device_by_name(name.to_str()?)
+    }
+
+    fn lookup(&self, parent: u64, name: &OsStr, reply: ReplyEntry) {
+        // Names are believed for no time: they go the moment unregister starts.
+        let fixed = |node: u64, attr: Attr| Entry {
+            node,
+            generation: 0,
+            ttl: Duration::ZERO,
+            attr,
+        };
+        let entry = match (parent, name.to_str()) {
+            (ROOT, Some("vfio")) => fixed(VFIO, dir_attr(VFIO)),
+            (ROOT, Some("iommu")) => fixed(IOMMU, self.iommu_attr()),
+            (VFIO, Some("devices")) => fixed(DEVICES, dir_attr(DEVICES)),
+            (DEVICES, _) => match self.device(name) {
+                Some(device) => {
+                    let id = ino(device.serial());
+                    let mut nodes = self.nodes();
+                    let known = nodes.entry(id).or_insert_with(|| Known {
+                        node: Arc::new(Node::new(&self.shared, &device, self.device)),
+                        through: Arc::new(Through::new(self.connection.get())),
+                        lookups: 0,
+                    });
+                    known.lookups += 1;
+                    let attr = known.node.attr(id);
+                    drop(nodes);
+                    fixed(id, attr)
+                }
+                None => {
+                    let _ = reply.error(Errno::NOENT);
+                    return;
+                }
+            },
+            _ => {
+                let _ = reply.error(Errno::NOENT);
+                return;
+            }
+        };
+        let _ = reply.entry(&entry);
+    }
+
+    fn forget(&self, id: u64, lookups: u64) {
+        let mut nodes = self.nodes();
+        if let Some(known) = nodes.get_mut(&id) {
+            known.lookups = known.lookups.saturating_sub(lookups);
+            if known.lookups == 0 {
+                let gone = nodes.remove(&id);
+                drop(nodes);
+                drop(gone);
+            }
+        }
+    }
+
+    /// The names of a directory with their nodes, in a stable order.
+    fn names(&self, dir: u64) -> Option<Vec<(u64, FileType, String)>> {
+        Some(match dir {
+            ROOT => vec![
+                (VFIO, FileType::Directory, "vfio".into()),
+                (IOMMU, FileType::RegularFile, "iommu".into()),
+            ],
+            VFIO => vec![(DEVICES, FileType::Directory, "devices".into())],
+            DEVICES if self.core.config().cdev => self
+                .core
+                .devices()
+                .iter()
+                .map(|device| (ino(device.serial()), FileType::RegularFile, device.name()))
+                .collect(),
+            DEVICES => Vec::new(),
+            _ => return None,
+        })
+    }
+
+    /// The kernel forgets a device's name; with it goes what is mounted there, in every namespace.
+    fn forget_name(self: &Arc<Self>, name: &str) {
+        let known = self
+            .nodes()
+            .iter()
+            .find(|(_, known)| known.node.name == name)
+            .map(|(id, known)| (*id, known.node.serial));
+        let Some((id, serial)) = known else { return };
+        self.mounter.gone(serial);
+        let tree = Arc::clone(self);
+        let name = name.to_owned();
+        self.mounter.notify(move || {
+            if let Some(connection) = tree.connection.get() {
+                // ENOENT: the kernel had forgotten it by itself.
+                let _ = connection.notify_delete(DEVICES, id, OsStr::new(&name));
+            }
+        });
+    }
+
+    fn iommu_ioctl(&self, fh: u64, cmd: u32, arg: u64, tid: u32, reply: ReplyIoctl) {
+        if cmd == IDENTIFY && is_ours(tid) {
+            let _ = match i32::try_from(fh) {
+                Ok(fh) => reply.result(fh, &[]),
+                Err(_) => reply.error(Errno::OVERFLOW),
+            };
+            return;
+        }
+        let Some(context) = self.shared.contexts.files.get(fh) else {
+            let _ = reply.error(Errno::BADF);
+            return;
+        };
+        reply.set_deadline(Instant::now() + self.shared.ioctl_deadline, Errno::TIMEDOUT);
+        let result = FuseCaller::new(tid, &self.shared.contexts)
+            .and_then(|caller| context.ioctl(cmd, arg, &caller));
+        let _ = match result {
+            Ok(value) => reply.result(i32::try_from(value).unwrap_or(i32::MAX), &[]),
+            Err(errno) => reply.error(errno),
+        };
+    }
+
+    fn iommu(&self, request: Request<'_>) {
+        let tid = request.caller.tid;
+        let _ = match request.op {
+            Operation::Ioctl {
+                fh,
+                cmd,
+                arg,
+                reply,
+                ..
+            } => {
+                self.iommu_ioctl(fh, cmd, arg, tid, reply);
+                return;
+            }
+            Operation::Open { reply, .. } => {
+                let fh = self.shared.contexts.files.insert(Iommufd::new());
+                let flags = OpenFlags::DIRECT_IO | OpenFlags::NOFLUSH;
+                let answered = reply.opened(&Opened {
+                    fh,
+                    flags,
+                    backing: None,
+                });
+                if !answered.is_delivered() {
+                    drop(self.shared.contexts.files.remove(fh));
+                }
+                return;
+            }
+            Operation::Release { fh, reply, .. } => {
+                if let Some(context) = self.shared.contexts.files.remove(fh) {
+                    context.close();
+                }
+                reply.ok()
+            }
+            Operation::Getattr { reply, .. } => reply.attr(&self.iommu_attr()),
+            Operation::Setattr { attrs, reply } => {
+                if attrs.size.is_some() && attrs.fh.is_some() {
+                    reply.error(Errno::INVAL)
+                } else {
+                    let mut owner = self.iommu.lock().unwrap_or_else(PoisonError::into_inner);
+                    change(&mut owner, &attrs);
+                    drop(owner);
+                    reply.attr(&self.iommu_attr())
+                }
+            }
+            Operation::Read { reply, .. } => reply.error(Errno::INVAL),
+            Operation::Write { reply, .. } => reply.error(Errno::INVAL),
+            Operation::Flush { reply, .. } => reply.ok(),
+            Operation::Fsync { reply, .. } => reply.error(Errno::INVAL),
+            other => other.error(Errno::NOSYS),
+        };
+    }
+
+    fn directory(&self, request: Request<'_>) {
+        let node = request.node;
+        let Some(names) = self.names(node) else {
+            let _ = request.op.error(Errno::STALE);
+            return;
+        };
+        let _ = match request.op {
+            Operation::Lookup { name, reply } => {
+                self.lookup(node, name, reply);
+                return;
+            }
+            Operation::Getattr { reply, .. } => reply.attr(&dir_attr(node)),
+            Operation::Opendir { reply, .. } => reply.opened(&Opened::default()),
+            Operation::Readdir {
+                offset, mut reply, ..
+            } => {
+                let start = usize::try_from(offset).unwrap_or(usize::MAX);
+                for (at, (node, kind, name)) in names.into_iter().enumerate().skip(start) {
+                    if !reply.add(node, at as u64 + 1, kind, name) {
+                        break;
+                    }
+                }
+                reply.done()
+            }
+            Operation::Releasedir { reply, .. } => reply.ok(),
+            Operation::Statfs { reply } => reply.statfs(&fuse_server::Statfs::default()),
+            Operation::Setattr { reply, .. } => reply.error(Errno::PERM),
+            Operation::Mknod { reply, .. } => reply.error(Errno::PERM),
+            Operation::Mkdir { reply, .. } => reply.error(Errno::PERM),
+            Operation::Create { reply, .. } => reply.error(Errno::PERM),
+            Operation::Symlink { reply, .. } => reply.error(Errno::PERM),
+            Operation::Unlink { reply, .. } => reply.error(Errno::PERM),
+            Operation::Rmdir { reply, .. } => reply.error(Errno::PERM),
+            other => other.error(Errno::NOSYS),
+        };
+    }
+}
+
+impl Handler for Tree {
+    fn handle(&self, request: Request<'_>) {
+        if let Operation::Forget(forgets) = &request.op {
+            for forget in forgets.clone() {
+                self.forget(forget.node, forget.nlookup);
+            }
+            return;
+        }
+        match request.node {
+            IOMMU => self.iommu(request),
+            id if id >= DEVICE => {
+                let Some((node, through)) = self.node(id) else {
+                    let _ = request.op.error(Errno::NXIO);
+                    return;
+                };
+                let tid = request.caller.tid;
+                match request.op {
+                    Operation::Open { flags, reply } => {
+                        let reply = if self.redirect {
+                            match self.mounter.redirect(&node, tid, reply) {
+                                Some(reply) => reply,
+                                None => return,
+                            }
+                        } else {
+                            reply
+                        };
+                        node.open(&through, tid, flags, reply);
+                    }
+                    _ => node.handle(&through, id, request),
+                }
+            }
+            _ => self.directory(request),
+        }
+    }
+}

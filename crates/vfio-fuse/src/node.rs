@@ -1,0 +1,291 @@
+//! A device's node: what its requests mean, on whichever connection they come.
+
+use crate::Owner;
+use crate::caller::{Contexts, FuseCaller, opener};
+use crate::files::Files;
+use crate::mounter::Mounter;
+use client_process::FileId;
+use fuse_server::{
+    Answered, Attr, BackingId, Connection, Handler, OpenFlags, Opened, Operation, ReplyAttr,
+    ReplyIoctl, ReplyOpen, Request, SetAttrs,
+};
+use rustix::io::Errno;
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
+use vfio_core::device::{Device, DeviceFile, WeakDevice};
+
+/// What all nodes share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) files: Files<DeviceFile>,
+    pub(crate) contexts: Contexts,
+    pub(crate) ioctl_deadline: Duration,
+}
+
+/// A node that the kernel knows of.
+#[derive(Debug)]
+pub(crate) struct Node {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) serial: u64,
+    pub(crate) name: String,
+    pub(crate) device: WeakDevice,
+    owner: Mutex<Owner>,
+}
+
+/// A connection as a node needs it: backing ids belong to one.
+#[derive(Debug)]
+pub(crate) struct Through {
+    connection: Option<Connection>,
+    pub(crate) backing: OnceLock<Option<BackingId>>,
+    /// Open files on this connection.
+    pub(crate) open: AtomicUsize,
+}
+
+impl Through {
+    pub(crate) fn new(connection: Option<&Connection>) -> Through {
+        Through {
+            connection: connection.cloned(),
+            backing: OnceLock::new(),
+            open: AtomicUsize::new(0),
+        }
+    }
+}
+
+impl Node {
+    pub(crate) fn new(shared: &Arc<Shared>, device: &Device, owner: Owner) -> Node {
+        Node {
+            shared: Arc::clone(shared),
+            serial: device.serial(),
+            name: device.name(),
+            device: device.downgrade(),
+            owner: Mutex::new(owner),
+        }
+    }
+
+    /// A regular file of size 0: all that lies in it is reached by direct reads and writes and by
+    /// mappings of its backing, and a private mapping of a node without one faults at once
+    /// instead of asking this server for pages.
+    pub(crate) fn attr(&self, ino: u64) -> Attr {
+        let owner = *self.owner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut attr = Attr::new(ino, 0o100_000 | owner.mode, 0);
+        (attr.uid, attr.gid) = (owner.uid, owner.gid);
+        attr
+    }
+
+    /// chmod and chown, as udev does them; `O_TRUNC` at open is nothing, ftruncate is `EINVAL`, as
+    /// on a char device.
+    pub(crate) fn setattr(&self, attrs: &SetAttrs, ino: u64, reply: ReplyAttr) -> Answered {
+        if attrs.size.is_some() && attrs.fh.is_some() {
+            return reply.error(Errno::INVAL);
+        }
+        {
+            let mut owner = self.owner.lock().unwrap_or_else(PoisonError::into_inner);
+            change(&mut owner, attrs);
+        }
+        reply.attr(&self.attr(ino))
+    }
+
+    pub(crate) fn open(&self, through: &Through, tid: u32, flags: u32, reply: ReplyOpen) {
+        if flags & rustix::fs::OFlags::DIRECT.bits() != 0 {
+            let _ = reply.error(Errno::INVAL);
+            return;
+        }
+        let file = match self
+            .device
+            .upgrade()
+            .ok_or(Errno::NODEV)
+            .and_then(|device| {
+                let file = device.open_cdev(opener(tid))?;
+                self.back(through, &device);
+                Ok(file)
+            }) {
+            Ok(file) => file,
+            Err(errno) => {
+                let _ = reply.error(errno);
+                return;
+            }
+        };
+        let fh = self.shared.files.insert(file);
+        through.open.fetch_add(1, Ordering::AcqRel);
+        let opened = Opened {
+            fh,
+            flags: OpenFlags::DIRECT_IO | OpenFlags::NOFLUSH | OpenFlags::PARALLEL_DIRECT_WRITES,
+            backing: through.backing.get().and_then(Option::as_ref),
+        };
+        if !reply.opened(&opened).is_delivered() {
+            self.release(through, fh);
+        }
+    }
+
+    /// Makes the backing of this connection's opens, at the first: all of them give the same.
+    fn back(&self, through: &Through, device: &Device) {
+        through.backing.get_or_init(|| {
+            let connection = through.connection.as_ref()?;
+            if !connection.has_passthrough() {
+                return None;
+            }
+            let memory = device.memory().ok()??;
+            match connection.backing_open(memory.backing_fd()) {
+                Ok(id) => Some(id),
+                Err(errno) => {
+                    tracing::warn!("{}: no native mapping, regions trap: {errno}", self.name);
+                    None
+                }
+            }
+        });
+    }
+
+    pub(crate) fn release(&self, through: &Through, fh: u64) {
+        if let Some(file) = self.shared.files.remove(fh) {
+            file.release();
+            through.open.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    pub(crate) fn ioctl(&self, fh: u64, cmd: u32, arg: u64, tid: u32, reply: ReplyIoctl) {
+        let Some(file) = self.shared.files.get(fh) else {
+            let _ = reply.error(Errno::BADF);
+            return;
+        };
+        reply.set_deadline(Instant::now() + self.shared.ioctl_deadline, Errno::TIMEDOUT);
+        let result = FuseCaller::new(tid, &self.shared.contexts)
+            .and_then(|caller| file.ioctl(cmd, arg, &caller));
+        drop(file);
+        let _ = match result {
+            Ok(value) => reply.result(i32::try_from(value).unwrap_or(i32::MAX), &[]),
+            Err(errno) => reply.error(errno),
+        };
+    }
+
+    pub(crate) fn handle(&self, through: &Through, ino: u64, request: Request<'_>) {
+        let tid = request.caller.tid;
+        let _ = match request.op {
+            Operation::Read {
+                fh,
+                offset,
+                size,
+                reply,
+                ..
+            } => {
+                let Some(file) = self.shared.files.get(fh) else {
+                    let _ = reply.error(Errno::BADF);
+                    return;
+                };
+                with_buffer(size as usize, |buf| {
+                    let result = file.read(offset, buf);
+                    drop(file);
+                    match result {
+                        Ok(len) => reply.data(buf.get(..len).unwrap_or(buf)),
+                        Err(errno) => reply.error(errno),
+                    }
+                })
+            }
+            Operation::Write {
+                fh,
+                offset,
+                data,
+                reply,
+                ..
+            } => {
+                let Some(file) = self.shared.files.get(fh) else {
+                    let _ = reply.error(Errno::BADF);
+                    return;
+                };
+                let result = file.write(offset, data);
+                drop(file);
+                match result {
+                    Ok(len) => reply.written(len.min(data.len()) as u32),
+                    Err(errno) => reply.error(errno),
+                }
+            }
+            Operation::Ioctl {
+                fh,
+                cmd,
+                arg,
+                reply,
+                ..
+            } => {
+                self.ioctl(fh, cmd, arg, tid, reply);
+                return;
+            }
+            Operation::Open { flags, reply } => {
+                self.open(through, tid, flags, reply);
+                return;
+            }
+            Operation::Release { fh, reply, .. } => {
+                self.release(through, fh);
+                reply.ok()
+            }
+            Operation::Getattr { reply, .. } => reply.attr(&self.attr(ino)),
+            Operation::Setattr { attrs, reply } => self.setattr(&attrs, ino, reply),
+            Operation::Flush { reply, .. } => reply.ok(),
+            Operation::Fsync { reply, .. } => reply.error(Errno::INVAL),
+            Operation::Statfs { reply } => reply.statfs(&fuse_server::Statfs::default()),
+            Operation::Forget(_) => return,
+            // POLL among them: without it the kernel says "always ready", as for a VFIO file.
+            other => other.error(Errno::NOSYS),
+        };
+    }
+}
+
+pub(crate) fn change(owner: &mut Owner, attrs: &SetAttrs) {
+    if let Some(mode) = attrs.mode {
+        owner.mode = mode & 0o7777;
+    }
+    if let Some(uid) = attrs.uid {
+        owner.uid = uid;
+    }
+    if let Some(gid) = attrs.gid {
+        owner.gid = gid;
+    }
+}
+
+/// A buffer for one read: on the stack for register accesses, else this thread's own, used again.
+fn with_buffer<R>(size: usize, f: impl FnOnce(&mut [u8]) -> R) -> R {
+    const SMALL: usize = 64;
+    thread_local! {
+        static LARGE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    }
+    if size <= SMALL {
+        let mut buf = [0; SMALL];
+        return f(&mut buf[..size]);
+    }
+    LARGE.with_borrow_mut(|buf| {
+        buf.clear();
+        buf.resize(size, 0);
+        f(buf)
+    })
+}
+
+/// The handler of a connection of a device's own: its root is the node.
+pub(crate) struct OwnHandler {
+    pub(crate) node: Arc<Node>,
+    pub(crate) through: Arc<Through>,
+    pub(crate) ino: u64,
+    pub(crate) mounter: Weak<Mounter>,
+}
+
+impl Handler for OwnHandler {
+    fn handle(&self, request: Request<'_>) {
+        let release = matches!(request.op, Operation::Release { .. });
+        if matches!(request.op, Operation::Open { .. })
+            && let Some(mounter) = self.mounter.upgrade()
+        {
+            mounter.arrived(request.caller.tid);
+        }
+        self.node.handle(&self.through, self.ino, request);
+        if release
+            && self.through.open.load(Ordering::Acquire) == 0
+            && let Some(mounter) = self.mounter.upgrade()
+        {
+            mounter.idle(self.node.serial);
+        }
+    }
+}
+
+/// A place where a device's open files can be found by scanning.
+pub(crate) fn file_id(fd: impl rustix::fd::AsFd) -> Option<FileId> {
+    FileId::of(fd).ok()
+}
