@@ -83,7 +83,9 @@ ioctls! {
         GetInfo = 12, VFIO_IOMMU_GET_INFO;
         MapDma = 13, VFIO_IOMMU_MAP_DMA;
         UnmapDma = 14, VFIO_IOMMU_UNMAP_DMA;
+        /// sPAPR only; `ENOTTY` with type1.
         Enable = 15, VFIO_IOMMU_ENABLE;
+        /// sPAPR only; `ENOTTY` with type1.
         Disable = 16, VFIO_IOMMU_DISABLE;
         DirtyPages = 17, VFIO_IOMMU_DIRTY_PAGES;
     }
