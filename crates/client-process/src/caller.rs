@@ -309,9 +309,5 @@ mod tests {
                 assert!(is_eventfd(&fd));
             });
         });
-        assert_eq!(
-            Caller::new(me).unwrap().get_fd_of_leader(-1).unwrap_err(),
-            Errno::BADF
-        );
     }
 }

@@ -1,5 +1,7 @@
 //! Memory of a device that clients map.
 
+use std::sync::Mutex;
+use std::sync::PoisonError;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 
@@ -28,6 +30,8 @@ pub struct DeviceMemory {
     file: OwnedFd,
     region: Region,
     is_revoked: AtomicBool,
+    /// Held while asking for other openers.
+    probing: Mutex<()>,
 }
 
 /// Shows in `/proc/PID/maps` as "/memfd:vfio".
@@ -74,12 +78,12 @@ impl DeviceMemory {
         // access), so a lease on it always conflicts with itself. One that was opened is counted.
         let path = format!("/proc/self/fd/{}", made.as_raw_fd());
         let file = rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
-        sys::lease_signal_is_harmless(file.as_fd())?;
         let region = Region::map(&file, len, true)?;
         Ok(Self {
             file,
             region,
             is_revoked: AtomicBool::new(false),
+            probing: Mutex::new(()),
         })
     }
 
@@ -181,6 +185,7 @@ impl DeviceMemory {
     /// # Errors
     /// [`Errno::ACCESS`]: neither owner of the file nor CAP_LEASE. [`Errno::INVAL`]: leases are off.
     pub fn probe_openers(&self) -> Result<bool> {
+        let _one_at_a_time = self.probing.lock().unwrap_or_else(PoisonError::into_inner);
         match sys::try_lease(self.file.as_fd()) {
             Ok(()) => Ok(false),
             Err(Errno::AGAIN) => Ok(true),

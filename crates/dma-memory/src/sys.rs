@@ -18,17 +18,16 @@ fn fcntl(file: BorrowedFd<'_>, command: libc::c_int, argument: libc::c_int) -> R
     Ok(())
 }
 
-/// Whoever opens the file while the lease is held makes the kernel send a signal to us. SIGIO, the usual
-/// one, ends a process; SIGURG is ignored by default.
-pub(crate) fn lease_signal_is_harmless(file: BorrowedFd<'_>) -> Result<()> {
+/// Takes a write lease and gives it back. AGAIN: another open file exists (`fs/locks.c`,
+/// `check_conflicting_open`). One at a time per open file.
+///
+/// Whoever opens the file in between makes the kernel send us a signal. SIGIO, the usual one, ends a
+/// process; SIGURG is ignored by default. Giving a lease back resets the choice (`lease_modify`), so it
+/// is made each time, and another thread must not do so meanwhile.
+pub(crate) fn try_lease(file: BorrowedFd<'_>) -> Result<()> {
     /// `include/uapi/asm-generic/fcntl.h`; libc lacks it for Linux with glibc.
     const F_SETSIG: libc::c_int = 10;
-    fcntl(file, F_SETSIG, libc::SIGURG)
-}
-
-/// Takes a write lease and gives it back. AGAIN: another open file exists (`fs/locks.c`,
-/// `check_conflicting_open`).
-pub(crate) fn try_lease(file: BorrowedFd<'_>) -> Result<()> {
+    fcntl(file, F_SETSIG, libc::SIGURG)?;
     fcntl(file, libc::F_SETLEASE, libc::F_WRLCK)?;
     fcntl(file, libc::F_SETLEASE, libc::F_UNLCK)
 }

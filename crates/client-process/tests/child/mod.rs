@@ -124,6 +124,16 @@ pub(crate) fn obey() {
     }
 }
 
+/// A plain read of a mapping whose file has been cut: SIGBUS.
+pub(crate) fn touch_memory_that_is_gone() {
+    let file = rustix::fs::memfd_create("gone", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, 4096).unwrap();
+    let at = mmap(libc::MAP_SHARED, file.as_raw_fd(), 4096, "rw", 0).unwrap();
+    rustix::fs::ftruncate(&file, 0).unwrap();
+    // SAFETY: the address is mapped; that the page is gone is the point.
+    unsafe { std::ptr::read_volatile(at as *const u8) };
+}
+
 fn act(verb: &str, words: &mut SplitWhitespace<'_>) -> String {
     let mut word = || words.next().unwrap();
     match verb {
@@ -164,6 +174,12 @@ fn act(verb: &str, words: &mut SplitWhitespace<'_>) -> String {
         }
         "memfd" => {
             let fd = rustix::fs::memfd_create("client", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+            rustix::fs::ftruncate(&fd, number(word()) as u64).unwrap();
+            fd.into_raw_fd().to_string()
+        }
+        "memfd-huge" => {
+            let flags = rustix::fs::MemfdFlags::HUGETLB | rustix::fs::MemfdFlags::HUGE_2MB;
+            let fd = rustix::fs::memfd_create("client", flags).unwrap();
             rustix::fs::ftruncate(&fd, number(word()) as u64).unwrap();
             fd.into_raw_fd().to_string()
         }
@@ -223,6 +239,10 @@ fn act(verb: &str, words: &mut SplitWhitespace<'_>) -> String {
                 },
                 pid => pid.to_string(),
             }
+        }
+        "die" => {
+            touch_memory_that_is_gone();
+            "alive".to_owned()
         }
         "exec" => panic!("{}", command().exec()),
         other => panic!("{other}?"),
