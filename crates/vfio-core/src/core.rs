@@ -134,14 +134,22 @@ impl Core {
     }
 
     pub(crate) fn event(&self, head: &Head, what: What) {
-        if self.0.subscribers.any() {
-            let event = Event {
-                at: Instant::now(),
-                device: format!("vfio{}", head.index.get()),
-                index: head.index.get(),
-                parent: head.parent.name().to_owned(),
-                what,
-            };
+        self.send(self.prepare(head, what));
+    }
+
+    /// An event for later, when its device may be gone. `None` if nobody listens.
+    pub(crate) fn prepare(&self, head: &Head, what: What) -> Option<Event> {
+        self.0.subscribers.any().then(|| Event {
+            at: Instant::now(),
+            device: format!("vfio{}", head.index.get()),
+            index: head.index.get(),
+            parent: head.parent.name().to_owned(),
+            what,
+        })
+    }
+
+    pub(crate) fn send(&self, event: Option<Event>) {
+        if let Some(event) = event {
             self.0.subscribers.send(&Notice::Event(event));
         }
     }

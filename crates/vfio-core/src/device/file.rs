@@ -136,15 +136,20 @@ impl DeviceFile {
         let Some(device) = self.device.upgrade() else {
             return;
         };
-        if let State::Granted(grant) = state {
-            match device.memory_if_made() {
-                Some(memory) if memory.has_other_openers() => outlived(&device, grant, memory),
-                _ => drop(grant),
+        let core = device.head().core.clone();
+        let closed = core.prepare(device.head(), What::Closed);
+        match (state, device.memory_if_made()) {
+            (State::Granted(grant), Some(memory)) if memory.has_other_openers() => {
+                outlived(&device, grant, memory);
             }
-        } else {
-            drop(state);
+            (state, _) => {
+                // No reference of ours when the count goes: whoever waits for it expects to be
+                // the last.
+                drop(device);
+                drop(state);
+            }
         }
-        device.head().core.event(device.head(), What::Closed);
+        core.send(closed);
     }
 
     /// Cuts this file off.

@@ -24,6 +24,11 @@ impl<O: DeviceOps> fmt::Debug for UnregisteredDevice<O> {
 }
 
 impl<O: DeviceOps> UnregisteredDevice<O> {
+    /// N in the `vfioN` it will be.
+    pub fn index(&self) -> u32 {
+        self.0.head.index.get()
+    }
+
     /// `vfio_alloc_device()`: takes the lowest free number and runs `init`. On error (`ENOSPC`,
     /// or `init`'s own) nothing remains and release has not run. No callback runs after it
     /// returns until the device is registered.
@@ -58,9 +63,9 @@ impl<O: DeviceOps> UnregisteredDevice<O> {
         let head = device.head();
         // The set is there before anybody can open, and cannot fail to be.
         head.set_membership();
-        let _ = head.kind.set(kind);
         match head.core.publish(&device, kind) {
             Ok(()) => {
+                let _ = head.kind.set(kind);
                 head.set_life(Life::Registered);
                 head.users.open();
                 head.core.event(head, What::Registered);
@@ -188,7 +193,8 @@ impl Unregistering {
         match policy {
             Policy::Disassociate => {
                 device.disassociate();
-                rundown.reach();
+                drop(device);
+                rundown.reach_by_force();
             }
             Policy::Wait => device.head().core.ask(&device, &rundown, None),
             Policy::WaitThenDisassociate(time) => {
@@ -212,17 +218,19 @@ impl Unregistering {
     /// [`disassociate`](Unregistering::disassociate). True if the users left by themselves.
     pub fn wait_for(self, time: Duration) -> bool {
         let rundown = Arc::clone(&self.rundown);
-        let device = self.device().clone();
         self.proceed(Policy::WaitThenDisassociate(time), || {});
         rundown.wait();
-        device.head().life() != Life::Dead
+        !rundown.was_forced()
     }
 
     /// *Disassociate*: on return every call of the users gets `ENODEV`, their mappings of the
     /// device fault with SIGBUS, its interrupts are cut. Driver calls that were in progress may
     /// still run; `close` comes after them and release after that, on their threads.
     pub fn disassociate(self) {
+        let rundown = Arc::clone(&self.rundown);
         self.proceed(Policy::Disassociate, || {});
+        // The last user may just be leaving on another thread.
+        rundown.wait();
     }
 }
 
@@ -232,7 +240,7 @@ impl Drop for Unregistering {
             && !self.rundown.is_done()
         {
             device.disassociate();
-            self.rundown.reach();
+            self.rundown.reach_by_force();
         }
     }
 }
@@ -266,10 +274,11 @@ impl Pending {
         if self.rundown.is_done() {
             return;
         }
-        if let Some(device) = self.device.upgrade() {
+        let device = self.device.upgrade();
+        if let Some(device) = device {
             device.disassociate();
         }
-        self.rundown.reach();
+        self.rundown.reach_by_force();
     }
 
     /// The device, as long as it is not released.
@@ -406,6 +415,15 @@ impl Device {
         let lease = self.head().users.try_get()?;
         Ok(User {
             device: self.clone(),
+            _lease: lease,
+        })
+    }
+
+    /// A user for the length of asking the others, if there are any.
+    pub(crate) fn stay(self) -> Option<User> {
+        let lease = self.head().users.stay()?;
+        Some(User {
+            device: self,
             _lease: lease,
         })
     }

@@ -152,8 +152,8 @@ impl Housekeeper {
                 drop(state);
                 drop(done);
                 for (device, count) in requests {
-                    if let Some(device) = device.upgrade() {
-                        request(&device, count);
+                    if let Some(user) = device.upgrade().and_then(Device::stay) {
+                        request(user.device(), count);
                     }
                 }
                 for (device, rundown) in late {
@@ -166,7 +166,8 @@ impl Housekeeper {
                         );
                         device.disassociate();
                     }
-                    rundown.reach();
+                    // The reference went with the block: who waits may expect to be the last.
+                    rundown.reach_by_force();
                 }
                 let mut again = Vec::new();
                 for mut linger in due {

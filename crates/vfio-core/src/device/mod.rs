@@ -25,6 +25,9 @@ mod shared;
 mod slot;
 mod users;
 
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests;
+
 pub use file::{DeviceFile, Opener};
 pub use handle::{
     Device, Pending, Policy, Registration, UnregisteredDevice, Unregistering, User, WeakDevice,

@@ -33,6 +33,8 @@ pub(crate) struct Rundown {
 
 #[derive(Default)]
 struct RundownState {
+    reaching: bool,
+    cut: bool,
     done: bool,
     callbacks: Vec<Box<dyn FnOnce() + Send>>,
 }
@@ -75,6 +77,16 @@ impl Users {
                 Err(now) => count = now,
             }
         }
+    }
+
+    /// Stays among the users for a moment although unregister has begun, if there are any left:
+    /// for asking them. Whoever waits for the last one then also waits for the asking to end.
+    pub(crate) fn stay(self: &Arc<Self>) -> Option<Lease> {
+        let more = |count: u32| (count & !CLOSED != 0).then(|| count + 1);
+        self.count
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
+            .ok()?;
+        Some(Lease(Arc::clone(self)))
     }
 
     /// Closes the gate and gives the registration's own count back. Returns the rundown, which
@@ -124,20 +136,35 @@ impl Drop for Lease {
 }
 
 impl Rundown {
-    /// Marks the end and runs what waits for it, on this thread. Later calls do nothing.
+    /// Runs what waits for the end, on this thread, and then marks it: who waits sees what the
+    /// callbacks did. Later calls do nothing.
     pub(crate) fn reach(&self) {
-        let callbacks = {
-            let mut state = lock(&self.state);
-            if state.done {
-                return;
-            }
-            state.done = true;
-            std::mem::take(&mut state.callbacks)
-        };
-        self.reached.notify_all();
-        for callback in callbacks {
-            callback();
+        let mut state = lock(&self.state);
+        if std::mem::replace(&mut state.reaching, true) {
+            return;
         }
+        while !state.callbacks.is_empty() {
+            let callbacks = std::mem::take(&mut state.callbacks);
+            drop(state);
+            for callback in callbacks {
+                callback();
+            }
+            state = lock(&self.state);
+        }
+        state.done = true;
+        drop(state);
+        self.reached.notify_all();
+    }
+
+    /// As [`reach`](Rundown::reach), by cutting users off rather than by their leaving.
+    pub(crate) fn reach_by_force(&self) {
+        lock(&self.state).cut = true;
+        self.reach();
+    }
+
+    /// True if the users were cut off.
+    pub(crate) fn was_forced(&self) -> bool {
+        lock(&self.state).cut
     }
 
     /// Runs `f` when the end is reached: at once, here, if it has been.
