@@ -121,6 +121,11 @@ impl Core {
         }
     }
 
+    /// True when somebody listens; what nobody hears need not be put together.
+    pub(crate) fn is_heard(&self) -> bool {
+        self.0.subscribers.any()
+    }
+
     pub(crate) fn sets(&self) -> &Sets {
         &self.0.sets
     }

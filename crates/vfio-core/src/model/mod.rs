@@ -1,247 +1,200 @@
 //! Buses, drivers, devices, classes, IOMMU groups: the kernel's device model (`drivers/base`,
 //! `drivers/iommu/iommu.c`), as far as a VFIO program can see it.
+//!
+//! Nothing here blocks. What ends at once is [`Outcome::Done`]; an unbind or a removal that finds
+//! users is [`Outcome::Waiting`], goes on by itself, and can be watched or cut short through the
+//! value it comes with.
 
+mod bus;
+mod device;
+pub mod faux;
+mod group;
 pub mod mdev;
+mod outcome;
 
-use crate::device::Device;
-use crate::index::{Index, IndexPool};
+pub use bus::{Bus, BusOptions, Driver, VfioDriver};
+pub use device::{BusDevice, Subsystem};
+pub use group::{IommuGroup, IommuGroups, ReservedKind, ReservedRegion, X86_MSI};
+pub use outcome::{Outcome, Waiting};
+
+pub(crate) use device::{ByName, Role};
+
 use crate::{Errno, Result};
-use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use uuid::Uuid;
 
-/// What a device's `subsystem` link leads to.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Subsystem {
-    /// `/sys/bus/NAME`.
-    Bus(&'static str),
-    /// `/sys/class/NAME`.
-    Class(&'static str),
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A device in the sense of the device model (`struct device`): on a bus or in a class, with a
-/// directory under `/sys/devices`. A VFIO device belongs to one.
-pub struct BusDevice {
-    id: u64,
-    name: String,
-    subsystem: Option<Subsystem>,
-    parent: Option<Arc<BusDevice>>,
-    /// Where its directory is, below `/sys`, when it has no parent: `/devices/virtual/mtty`.
-    base: String,
-    vfio: RwLock<Option<Device>>,
-    group: RwLock<Option<Arc<IommuGroup>>>,
+fn read<T: ?Sized>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
 }
 
-static NEXT_ID: AtomicU64 = AtomicU64::new(1);
-
-impl fmt::Debug for BusDevice {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "BusDevice({})", self.devpath())
-    }
+fn write<T: ?Sized>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl BusDevice {
-    /// A device with its directory at `base/name`.
-    pub fn new(base: &str, name: &str, subsystem: Option<Subsystem>) -> Arc<BusDevice> {
-        BusDevice::make(base.to_owned(), name, subsystem, None)
-    }
-
-    /// A device with its directory inside its parent's.
-    pub fn child(
-        parent: &Arc<BusDevice>,
-        name: &str,
-        subsystem: Option<Subsystem>,
-    ) -> Arc<BusDevice> {
-        BusDevice::make(String::new(), name, subsystem, Some(Arc::clone(parent)))
-    }
-
-    fn make(
-        base: String,
-        name: &str,
-        subsystem: Option<Subsystem>,
-        parent: Option<Arc<BusDevice>>,
-    ) -> Arc<BusDevice> {
-        Arc::new(BusDevice {
-            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
-            name: name.to_owned(),
-            subsystem,
-            parent,
-            base,
-            vfio: RwLock::default(),
-            group: RwLock::default(),
-        })
-    }
-
-    /// Unlike any other device's of this process, for ever.
-    pub fn id(&self) -> u64 {
-        self.id
-    }
-
-    /// Its name on its bus.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Its bus or class.
-    pub fn subsystem(&self) -> Option<&Subsystem> {
-        self.subsystem.as_ref()
-    }
-
-    /// The device whose directory its own is in.
-    pub fn parent(&self) -> Option<&Arc<BusDevice>> {
-        self.parent.as_ref()
-    }
-
-    /// The path of its directory below `/sys`.
-    pub fn devpath(&self) -> String {
-        match &self.parent {
-            Some(parent) => format!("{}/{}", parent.devpath(), self.name),
-            None => format!("{}/{}", self.base, self.name),
-        }
-    }
-
-    /// The VFIO device registered for it.
-    pub fn vfio_device(&self) -> Option<Device> {
-        self.vfio
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    pub(crate) fn set_vfio_device(&self, device: Option<Device>) {
-        let before = std::mem::replace(
-            &mut *self.vfio.write().unwrap_or_else(PoisonError::into_inner),
-            device,
-        );
-        drop(before);
-    }
-
-    /// Its IOMMU group.
-    pub fn iommu_group(&self) -> Option<Arc<IommuGroup>> {
-        self.group
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    /// `iommu_group_add_device()`. `EINVAL` when it is in a group.
-    pub(crate) fn join_iommu_group(self: &Arc<Self>, group: &Arc<IommuGroup>) -> Result {
-        let mut slot = self.group.write().unwrap_or_else(PoisonError::into_inner);
-        if slot.is_some() {
-            return Err(Errno::INVAL);
-        }
-        *slot = Some(Arc::clone(group));
-        drop(slot);
-        let mut devices = group.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        devices.push(Arc::downgrade(self));
-        Ok(())
-    }
-
-    /// `iommu_group_remove_device()`.
-    pub(crate) fn leave_iommu_group(&self) {
-        let group = self
-            .group
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        if let Some(group) = group {
-            let mut devices = group.devices.lock().unwrap_or_else(PoisonError::into_inner);
-            devices.retain(|device| device.upgrade().is_some_and(|device| device.id != self.id));
-        }
-    }
-}
-
-/// An IOMMU group: `/sys/kernel/iommu_groups/N`. It exists as long as a device is in it.
-#[derive(Debug)]
-pub struct IommuGroup {
-    name: Option<&'static str>,
-    devices: Mutex<Vec<Weak<BusDevice>>>,
-    groups: Weak<RwLock<Vec<Weak<IommuGroup>>>>,
-    index: Index,
-}
-
-impl IommuGroup {
-    /// Its number.
-    pub fn id(&self) -> u32 {
-        self.index.get()
-    }
-
-    /// The text of its `name` file, if it has one: `vfio-noiommu` for software devices.
-    pub fn name(&self) -> Option<&'static str> {
-        self.name
-    }
-
-    /// The devices in it.
-    pub fn devices(&self) -> Vec<Arc<BusDevice>> {
-        let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        devices.iter().filter_map(Weak::upgrade).collect()
-    }
-}
-
-impl Drop for IommuGroup {
-    fn drop(&mut self) {
-        if let Some(groups) = self.groups.upgrade() {
-            let mut groups = groups.write().unwrap_or_else(PoisonError::into_inner);
-            if let Some(slot) = groups.get_mut(self.index.get() as usize) {
-                *slot = Weak::new();
-            }
-        }
-    }
-}
-
-/// All IOMMU groups, by number.
-#[derive(Debug)]
-pub struct IommuGroups {
-    numbers: IndexPool,
-    groups: Arc<RwLock<Vec<Weak<IommuGroup>>>>,
-}
-
-impl IommuGroups {
-    pub(crate) fn new(first: u32) -> IommuGroups {
-        IommuGroups {
-            numbers: IndexPool::new(first, i32::MAX as u32),
-            groups: Arc::default(),
-        }
-    }
-
-    /// `iommu_group_alloc()`: a group with the lowest free number. It is gone when the last
-    /// reference to it is.
-    pub fn create(&self, name: Option<&'static str>) -> Result<Arc<IommuGroup>> {
-        let index = self.numbers.take()?;
-        let at = index.get() as usize;
-        let group = Arc::new(IommuGroup {
-            name,
-            devices: Mutex::default(),
-            groups: Arc::downgrade(&self.groups),
-            index,
-        });
-        let mut groups = self.groups.write().unwrap_or_else(PoisonError::into_inner);
-        if groups.len() <= at {
-            groups.resize(at + 1, Weak::new());
-        }
-        groups[at] = Arc::downgrade(&group);
-        Ok(group)
-    }
-
-    /// The group with this number.
-    pub fn get(&self, id: u32) -> Option<Arc<IommuGroup>> {
-        let groups = self.groups.read().unwrap_or_else(PoisonError::into_inner);
-        groups.get(id as usize)?.upgrade()
-    }
-
-    /// All groups, in the order of their numbers.
-    pub fn all(&self) -> Vec<Arc<IommuGroup>> {
-        let groups = self.groups.read().unwrap_or_else(PoisonError::into_inner);
-        groups.iter().filter_map(Weak::upgrade).collect()
-    }
-}
+/// Parameters of a module, name and text without newline.
+pub type Parameters = Vec<(String, String)>;
 
 /// Buses and classes and what is on them.
 #[derive(Debug)]
-pub struct Model {}
+pub struct Model {
+    buses: RwLock<BTreeMap<&'static str, Arc<Bus>>>,
+    classes: RwLock<BTreeMap<&'static str, HashSet<ByName>>>,
+    /// Devices without a parent, by the path their directory is in.
+    roots: RwLock<BTreeMap<Box<str>, HashSet<ByName>>>,
+    modules: RwLock<BTreeMap<String, Parameters>>,
+    /// Mdevs that exist, up to the end of their removal.
+    uuids: Arc<Mutex<HashSet<Uuid>>>,
+    /// Devices whose driver waits for users, by the device's id.
+    leaving: Mutex<HashMap<u64, Waiting>>,
+    faux: Arc<BusDevice>,
+}
 
 impl Model {
     pub(crate) fn new() -> Model {
-        Model {}
+        let model = Model {
+            buses: RwLock::default(),
+            classes: RwLock::default(),
+            roots: RwLock::default(),
+            modules: RwLock::default(),
+            uuids: Arc::default(),
+            leaving: Mutex::default(),
+            faux: BusDevice::new("/devices", "faux", None),
+        };
+        model.faux.exists_from_the_start();
+        write(&model.roots).insert(
+            "/devices".into(),
+            HashSet::from([ByName(Arc::clone(&model.faux))]),
+        );
+        write(&model.classes).insert("mdev_bus", HashSet::new());
+        let bus = mdev::bus();
+        write(&model.buses).insert(bus.name(), bus);
+        let bus = faux::bus();
+        write(&model.buses).insert(bus.name(), bus);
+        for (module, parameters) in MODULES {
+            let text = |(name, value): &(&str, &str)| ((*name).into(), (*value).into());
+            model.add_module(module, parameters.iter().map(text).collect());
+        }
+        model
+    }
+
+    /// The bus of this name.
+    pub fn bus(&self, name: &str) -> Option<Arc<Bus>> {
+        read(&self.buses).get(name).cloned()
+    }
+
+    /// All buses, by name.
+    pub fn buses(&self) -> Vec<Arc<Bus>> {
+        read(&self.buses).values().cloned().collect()
+    }
+
+    /// `bus_register()`. `EEXIST` when there is one of this name.
+    pub fn add_bus(&self, name: &'static str, options: BusOptions) -> Result<Arc<Bus>> {
+        let mut buses = write(&self.buses);
+        if buses.contains_key(name) {
+            return Err(Errno::EXIST);
+        }
+        let bus = Bus::new(name, options);
+        buses.insert(name, Arc::clone(&bus));
+        Ok(bus)
+    }
+
+    /// The classes that exist besides `vfio-dev`, by name. One exists while a device is in it;
+    /// `mdev_bus` always.
+    pub fn classes(&self) -> Vec<&'static str> {
+        read(&self.classes).keys().copied().collect()
+    }
+
+    /// The devices in a class, by name; `None` when there is no such class.
+    pub fn class(&self, name: &str) -> Option<Vec<Arc<BusDevice>>> {
+        read(&self.classes).get(name).map(device::sorted)
+    }
+
+    /// A device of a class.
+    pub fn class_device(&self, class: &str, name: &str) -> Option<Arc<BusDevice>> {
+        let classes = read(&self.classes);
+        Some(Arc::clone(&classes.get(class)?.get(name)?.0))
+    }
+
+    /// Devices without a parent whose directory is in `base`, by name.
+    pub fn roots(&self, base: &str) -> Vec<Arc<BusDevice>> {
+        read(&self.roots)
+            .get(base)
+            .map_or(Vec::new(), device::sorted)
+    }
+
+    /// The paths below `/sys` that hold devices without a parent.
+    pub fn bases(&self) -> Vec<Box<str>> {
+        read(&self.roots).keys().cloned().collect()
+    }
+
+    /// Modules and their parameters, by name: `/sys/module`.
+    pub fn modules(&self) -> Vec<String> {
+        read(&self.modules).keys().cloned().collect()
+    }
+
+    /// The parameters of one.
+    pub fn module(&self, name: &str) -> Option<Parameters> {
+        read(&self.modules).get(name).cloned()
+    }
+
+    /// Adds a module, or replaces its parameters.
+    pub fn add_module(&self, name: &str, parameters: Parameters) {
+        write(&self.modules).insert(name.to_owned(), parameters);
+    }
+
+    /// Every unbind and removal that waits for users at the moment, oldest first. What
+    /// `vfioctl show` tells ("unregistering, waiting for …") comes from
+    /// [`Waiting::describe`].
+    pub fn unregistering(&self) -> Vec<Waiting> {
+        let mut all: Vec<Waiting> = lock(&self.leaving).values().cloned().collect();
+        all.sort_by_key(Waiting::since);
+        all
+    }
+
+    /// The wait of one device, if its driver waits.
+    pub fn unregistering_device(&self, device: &BusDevice) -> Option<Waiting> {
+        lock(&self.leaving).get(&device.id()).cloned()
+    }
+
+    fn class_insert(&self, class: &'static str, device: &Arc<BusDevice>) -> Result {
+        let mut classes = write(&self.classes);
+        let members = classes.entry(class).or_default();
+        if !members.insert(ByName(Arc::clone(device))) {
+            return Err(Errno::EXIST);
+        }
+        Ok(())
+    }
+
+    fn class_remove(&self, class: &'static str, device: &BusDevice) {
+        let mut classes = write(&self.classes);
+        let Some(members) = classes.get_mut(class) else {
+            return;
+        };
+        let gone = device::take(members, device);
+        if members.is_empty() && class != "mdev_bus" {
+            classes.remove(class);
+        }
+        drop(classes);
+        drop(gone);
     }
 }
+
+/// What a kernel with VFIO has under `/sys/module`, with the parameters' values at rest.
+const MODULES: &[(&str, &[(&str, &str)])] = &[
+    ("iommufd", &[("allow_unsafe_interrupts", "N")]),
+    ("mdev", &[]),
+    ("vfio", &[("enable_unsafe_noiommu_mode", "N")]),
+    (
+        "vfio_iommu_type1",
+        &[
+            ("allow_unsafe_interrupts", "N"),
+            ("disable_hugepages", "N"),
+            ("dma_entry_limit", "65535"),
+        ],
+    ),
+];
