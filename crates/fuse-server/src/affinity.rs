@@ -11,8 +11,10 @@ use rustix::fs::Mode;
 use rustix::fs::OFlags;
 use rustix::thread::CpuSet;
 
-/// How many requests lie between two looks.
+/// How many requests lie between two looks after a move; a look costs as much as several requests.
 const EVERY: u32 = 256;
+/// How many lie between them when the client stays where it is: reached by doubling.
+const RARELY: u32 = 2048;
 
 /// What the thread that first started workers was allowed.
 static INITIAL: OnceLock<CpuSet> = OnceLock::new();
@@ -39,7 +41,9 @@ pub fn restore_affinity() {
 pub(crate) struct Follower {
     allowed: CpuSet,
     bound: Option<usize>,
-    requests: u32,
+    /// Requests until the next look.
+    left: u32,
+    every: u32,
 }
 
 impl Follower {
@@ -52,17 +56,19 @@ impl Follower {
         Some(Self {
             allowed,
             bound: None,
-            requests: EVERY - 16,
+            left: 16,
+            every: EVERY,
         })
     }
 
     /// Counts a request of the thread `client` names.
     pub(crate) fn request(&mut self, client: impl FnOnce() -> u32) {
-        self.requests += 1;
-        if self.requests < EVERY {
+        self.left -= 1;
+        if self.left != 0 {
             return;
         }
-        self.requests = 0;
+        self.every = (self.every * 2).min(RARELY);
+        self.left = self.every;
         let cpu = match client() {
             0 => return,
             client => processor(client),
@@ -74,6 +80,7 @@ impl Follower {
         if wanted == self.bound {
             return;
         }
+        (self.every, self.left) = (EVERY, EVERY);
         let done = match wanted {
             Some(cpu) => {
                 let mut one = CpuSet::new();

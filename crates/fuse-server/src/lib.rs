@@ -29,6 +29,19 @@
 //! - A handler may be slow: [`Workers`] puts a substitute in its place. It gets SIGURG meanwhile, so its system calls can end with EINTR.
 //! - A handler must not walk a path, mount, or send an invalidation that needs its own connection (the notices refuse with EDEADLK).
 //!
+//! # A connection of its own for a node, made at its first open
+//! One connection for all nodes is a bottleneck, one for each at rest costs a descriptor and a mount each. Both are avoided: the OPEN of a node on the
+//! main connection is parked, another thread mounts a second connection ([`Root::File`]) on top of the node, and the OPEN is answered ESTALE. The
+//! kernel then walks the path once more (`fs/namei.c`, `do_filp_open`: the retry with `LOOKUP_REVAL`), crosses into the new mount, and the open
+//! lands on the second connection; its caller notices nothing. Tested on Linux 6.18:
+//! - It holds for any access mode, for openers in other processes, and through bind mounts in mount namespaces that receive propagation from the main
+//!   mount ([`MountOptions::shared`]).
+//! - Where propagation is off, and for an open that was under way when the mount came, the retry reaches the main connection again. So an OPEN that
+//!   arrives when the second mount already stands must be served on the main connection; a second ESTALE goes to the caller.
+//! - The thread that mounts must not be one the main connection needs: `move_mount` walks the path, which sends LOOKUP and GETATTR.
+//! - [`Connection::notify_delete`] and [`Connection::notify_inval_entry`] for the node's name detach the mounts on it in every namespace
+//!   (`fs/dcache.c`, `d_invalidate`); files open on them stay open, and the second connection ends with the last of them.
+//!
 //! # What prevents a take-over by another process, and is not used
 //! FUSE over io_uring and `FUSE_DEV_IOC_CLONE`: requests read through them die with the process. With one plain descriptor, kept elsewhere,
 //! [`Connection::resume`] and [`Connection::notify_resend`] go on where a dead server stopped.
@@ -39,9 +52,11 @@ mod connection;
 mod inflight;
 mod monitor;
 mod mount;
+mod parse;
 mod passthrough;
 mod reply;
 mod request;
+mod shared;
 mod signal;
 mod wire;
 mod workers;

@@ -14,7 +14,7 @@ use std::thread::Thread;
 use std::time::Duration;
 use std::time::Instant;
 
-use crate::connection::Shared;
+use crate::shared::Shared;
 use crate::workers::Set;
 
 /// How often the monitor looks; also how long a thread may be in one request before it counts as stuck (one to two ticks).

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use rustix::ioctl::Opcode;
 use rustix::ioctl::Setter;
 
-use crate::connection::Shared;
+use crate::shared::Shared;
 use crate::wire;
 
 /// A registered backing file. Dropping it takes the id back; opens that use it keep working. It does not keep its connection alive.

@@ -13,8 +13,8 @@ use zerocopy::IntoBytes;
 
 use crate::attr::Attr;
 use crate::attr::Entry;
-use crate::connection::Shared;
 use crate::passthrough::BackingId;
+use crate::shared::Shared;
 use crate::wire;
 use crate::wire::OpenFlags;
 

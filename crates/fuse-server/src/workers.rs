@@ -27,7 +27,7 @@ use crate::connection::Received;
 use crate::connection::Served;
 use crate::connection::wait_readable;
 use crate::monitor;
-use crate::request::header;
+use crate::parse::header;
 use crate::signal;
 use crate::signal::Nudged;
 
@@ -40,8 +40,8 @@ pub struct Policy {
     pub threads: usize,
     /// How many threads may be stuck in requests and replaced, at the same time. When so many are, the connection waits for one of them.
     pub max_stuck: usize,
-    /// Move the thread to the CPU its clients run on (looked at every 256 requests): a request then costs no wake-up of another CPU. Threads that the
-    /// handler starts inherit that CPU unless they call [`crate::restore_affinity`] first.
+    /// Move the thread to the CPU its clients run on (looked at every 256 requests, less often while it stays the same), so that a request costs no
+    /// wake-up of another CPU. Threads that the handler starts inherit that CPU unless they call [`crate::restore_affinity`] first.
     pub follow_cpu: bool,
 }
 

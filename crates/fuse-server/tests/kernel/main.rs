@@ -191,10 +191,8 @@ fn raw_ioctl_numbers_bring_their_argument_and_sized_ones_their_bytes() {
     };
     let file = open(&tree);
     // SAFETY: the server takes the argument as a number.
-    assert_eq!(
-        unsafe { libc::ioctl(file.as_raw_fd(), 0x3b64, 0xdead_beef_f00d_u64) },
-        42
-    );
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), 0x3b64, 0xdead_beef_f00d_u64) };
+    assert_eq!(result, 42);
     assert_eq!(
         caller.load(Ordering::SeqCst),
         rustix::thread::gettid()
@@ -204,17 +202,16 @@ fn raw_ioctl_numbers_bring_their_argument_and_sized_ones_their_bytes() {
             .into()
     );
     // SAFETY: as above.
-    assert_eq!(unsafe { libc::ioctl(file.as_raw_fd(), 0x3b65, 0) }, -1);
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), 0x3b65, 0) };
+    assert_eq!(result, -1);
     assert_eq!(
         std::io::Error::last_os_error().raw_os_error(),
         Some(libc::ENOTTY)
     );
     let mut bytes = [1_u8, 2, 3, 4];
     // SAFETY: the kernel reads and writes the four bytes the number says.
-    assert_eq!(
-        unsafe { libc::ioctl(file.as_raw_fd(), 0xc004_3b01, bytes.as_mut_ptr()) },
-        0
-    );
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), 0xc004_3b01, bytes.as_mut_ptr()) };
+    assert_eq!(result, 0);
     assert_eq!(bytes, [5, 6, 7, 8]);
     drop(file);
     tree.end();
@@ -616,10 +613,8 @@ fn a_mapping_is_native_while_reads_are_trapped() {
         tree.files.releases.load(Ordering::SeqCst) == 2
     });
     // SAFETY: still mapped.
-    assert_eq!(
-        unsafe { address.cast::<[u8; 4]>().read_volatile() },
-        *b"mmap"
-    );
+    let result = unsafe { address.cast::<[u8; 4]>().read_volatile() };
+    assert_eq!(result, *b"mmap");
     // SAFETY: the mapping made above.
     unsafe { libc::munmap(address, 4096) };
     tree.end();
@@ -684,7 +679,7 @@ fn invalidations_are_refused_on_a_serving_thread() {
 
 #[test]
 fn another_server_goes_on_with_the_descriptor() {
-    let Some(tree) = Tree::hooked(on_read(100, |reply| std::mem::forget(reply))) else {
+    let Some(tree) = Tree::hooked(on_read(100, std::mem::forget)) else {
         return;
     };
     if !tree
@@ -747,6 +742,111 @@ fn a_non_blocking_connection_waits_for_nothing() {
         Ok(Served::Ended)
     );
     assert!(connection.has_ended());
+}
+
+/// The threads of this process with this name.
+fn threads_named(name: &str) -> Vec<std::path::PathBuf> {
+    let tasks = std::fs::read_dir("/proc/self/task").expect("/proc");
+    let named = |task: &std::path::PathBuf| {
+        std::fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim() == name)
+    };
+    tasks
+        .filter_map(|task| Some(task.ok()?.path()))
+        .filter(named)
+        .collect()
+}
+
+/// A field of a thread's status.
+fn status(task: &std::path::Path, field: &str) -> String {
+    let text = std::fs::read_to_string(task.join("status")).expect("the thread lives");
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    line.expect("the field exists").trim().to_owned()
+}
+
+#[test]
+fn the_server_follows_its_client_to_each_cpu() {
+    if !common::able() {
+        return;
+    }
+    let allowed = rustix::thread::sched_getaffinity(None).expect("affinity");
+    if allowed.count() < 2 {
+        println!("SKIPPED: only one CPU");
+        return;
+    }
+    let (fd, detached) = MountOptions::default().create().expect("mount");
+    let connection = Connection::new(fd, &Config::default()).expect("INIT");
+    let handler = |request: Request<'_>| {
+        let _ = match request.op {
+            Operation::Statfs { reply } => reply.statfs(&fuse_server::Statfs::default()),
+            other => other.error(Errno::NOENT),
+        };
+    };
+    let policy = Policy {
+        name: "follower".to_owned(),
+        ..Policy::default()
+    };
+    let workers = Workers::start(connection, Arc::new(handler), policy).expect("threads");
+    let place = Place::new();
+    let mount = detached.attach(place.path()).expect("attach");
+    until("the thread has its name", || {
+        !threads_named("follower").is_empty()
+    });
+    let server = threads_named("follower").pop().expect("one thread");
+    let cpus = (0..rustix::thread::CpuSet::MAX_CPU)
+        .filter(|&cpu| allowed.is_set(cpu))
+        .take(2);
+    for cpu in cpus.cycle().take(4) {
+        // A thread of its own, so that this one keeps its CPUs.
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut one = rustix::thread::CpuSet::new();
+                one.set(cpu);
+                rustix::thread::sched_setaffinity(None, &one).expect("allowed");
+                for _ in 0..5000 {
+                    rustix::fs::statfs(place.path()).expect("statfs");
+                }
+            });
+        });
+        assert_eq!(status(&server, "Cpus_allowed_list"), cpu.to_string());
+    }
+    let own = rustix::thread::sched_getaffinity(None).expect("affinity");
+    assert_eq!(own.count(), allowed.count(), "no other thread is bound");
+    mount.unmount().expect("unmount");
+    assert!(workers.wait(PATIENCE));
+}
+
+#[test]
+fn at_rest_nothing_ticks() {
+    // In a process of its own: other tests keep the monitor busy.
+    if std::env::var_os("FUSE_SERVER_AT_REST").is_none() {
+        let exe = std::env::current_exe().expect("this test");
+        let mut child = Command::new(exe);
+        child
+            .args(["--exact", "at_rest_nothing_ticks", "--nocapture"])
+            .env("FUSE_SERVER_AT_REST", "1");
+        assert!(child.status().expect("run").success());
+        return;
+    }
+    let Some(tree) = Tree::mount() else { return };
+    let file = open(&tree);
+    file.write_all_at(b"abcd", 0).expect("write");
+    let monitor = threads_named("fuse-monitor")
+        .pop()
+        .expect("the monitor runs");
+    let ticks = || status(&monitor, "voluntary_ctxt_switches");
+    until("the monitor sleeps", || {
+        let before = ticks();
+        std::thread::sleep(Duration::from_millis(100));
+        ticks() == before
+    });
+    // And it wakes up when there is something to look after.
+    let before = ticks();
+    file.write_all_at(b"efgh", 0).expect("write");
+    until("the monitor is awake", || ticks() != before);
+    drop(file);
+    tree.end();
 }
 
 #[test]
