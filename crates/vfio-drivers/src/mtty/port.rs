@@ -144,6 +144,11 @@ impl Backend {
         Self { limits, ..self }
     }
 
+    /// Whether the port hears itself, so that [`connect`](Self::connect) has nothing to connect.
+    pub fn is_loopback(&self) -> bool {
+        matches!(self.kind, Kind::Loopback)
+    }
+
     /// Where somebody connects to the port: the link or the terminal, the socket, the output file.
     pub fn path(&self) -> Option<&Path> {
         match &self.kind {
@@ -157,7 +162,7 @@ impl Backend {
     /// Starts moving bytes. `None` for loopback: its owner hands what is sent back to the UART.
     /// A device connects a port once at a time.
     pub fn connect(&self, line: Arc<dyn Line>) -> Result<Option<Connection>, BackendError> {
-        let mut held: Vec<Box<dyn Send>> = Vec::new();
+        let mut held: Vec<Box<dyn Send + Sync>> = Vec::new();
         let (listener, input, output) = match &self.kind {
             Kind::Loopback => return Ok(None),
             Kind::Pty(pty) => {
@@ -265,7 +270,7 @@ impl Drop for Connection {
 }
 
 /// What a connection keeps and never looks at.
-struct Held(Vec<Box<dyn Send>>);
+struct Held(Vec<Box<dyn Send + Sync>>);
 
 impl fmt::Debug for Held {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
