@@ -744,16 +744,18 @@ fn a_non_blocking_connection_waits_for_nothing() {
     assert!(connection.has_ended());
 }
 
-/// The threads of this process with this name.
-fn threads_named(name: &str) -> Vec<std::path::PathBuf> {
-    let tasks = std::fs::read_dir("/proc/self/task").expect("/proc");
-    let named = |task: &std::path::PathBuf| {
-        std::fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim() == name)
+/// The thread of this process with this name, which it gives itself soon after its start.
+fn thread_named(name: &str) -> std::path::PathBuf {
+    let find = || {
+        let tasks = std::fs::read_dir("/proc/self/task").expect("/proc");
+        tasks
+            .filter_map(|task| Some(task.ok()?.path()))
+            .find(|task| {
+                std::fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim() == name)
+            })
     };
-    tasks
-        .filter_map(|task| Some(task.ok()?.path()))
-        .filter(named)
-        .collect()
+    until("the thread has its name", || find().is_some());
+    find().expect("found just now")
 }
 
 /// A field of a thread's status.
@@ -790,10 +792,7 @@ fn the_server_follows_its_client_to_each_cpu() {
     let workers = Workers::start(connection, Arc::new(handler), policy).expect("threads");
     let place = Place::new();
     let mount = detached.attach(place.path()).expect("attach");
-    until("the thread has its name", || {
-        !threads_named("follower").is_empty()
-    });
-    let server = threads_named("follower").pop().expect("one thread");
+    let server = thread_named("follower");
     let cpus = (0..rustix::thread::CpuSet::MAX_CPU)
         .filter(|&cpu| allowed.is_set(cpu))
         .take(2);
@@ -832,9 +831,7 @@ fn at_rest_nothing_ticks() {
     let Some(tree) = Tree::mount() else { return };
     let file = open(&tree);
     file.write_all_at(b"abcd", 0).expect("write");
-    let monitor = threads_named("fuse-monitor")
-        .pop()
-        .expect("the monitor runs");
+    let monitor = thread_named("fuse-monitor");
     let ticks = || status(&monitor, "voluntary_ctxt_switches");
     until("the monitor sleeps", || {
         let before = ticks();
