@@ -11,9 +11,11 @@ use fuse_server::{
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+/// How long a mount waits for the open that asked for it.
+const FIRST_OPEN: Duration = Duration::from_secs(2);
 
 /// Mounts of devices' own connections, by device serial.
 pub(crate) struct Mounter {
@@ -254,8 +256,8 @@ impl Mounter {
             let now = Instant::now();
             let expired = state.own.iter().find_map(|(serial, own)| {
                 let since = own.idle_since?;
-                let idle = own.through.open.load(Ordering::Acquire) == 0;
-                (idle && now.duration_since(since) >= self.idle).then_some(*serial)
+                let idle = own.through.is_idle();
+                (idle && now.saturating_duration_since(since) >= self.idle).then_some(*serial)
             });
             if let Some(serial) = expired {
                 let own = state.own.remove(&serial);
@@ -274,7 +276,7 @@ impl Mounter {
                         .wait_timeout(state, time)
                         .unwrap_or_else(PoisonError::into_inner);
                     for own in state.own.values_mut() {
-                        if own.through.open.load(Ordering::Acquire) > 0 {
+                        if !own.through.is_idle() {
                             own.idle_since = None;
                         }
                     }
@@ -320,7 +322,8 @@ impl Mounter {
             mount,
             id,
             through,
-            idle_since: Some(Instant::now()),
+            // The open that asked for it is on its way.
+            idle_since: Some(Instant::now() + FIRST_OPEN),
         })
     }
 
@@ -343,8 +346,10 @@ impl Mounter {
 /// direct file, which would go through it (`fs/fuse/file.c`, `fuse_file_mmap`).
 pub(crate) fn connection_config() -> Config {
     let default = Config::default();
+    let unwanted =
+        Features::DIRECT_IO_ALLOW_MMAP | Features::DO_READDIRPLUS | Features::READDIRPLUS_AUTO;
     Config {
-        features: default.features - Features::DIRECT_IO_ALLOW_MMAP,
+        features: default.features - unwanted,
         ..default
     }
 }

@@ -11,8 +11,8 @@ use fuse_server::{
 };
 use rustix::io::Errno;
 use std::cell::RefCell;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use vfio_core::device::{Device, DeviceFile, WeakDevice};
 
@@ -40,7 +40,7 @@ pub(crate) struct Through {
     connection: Option<Connection>,
     pub(crate) backing: OnceLock<Option<BackingId>>,
     /// Open files on this connection.
-    pub(crate) open: AtomicUsize,
+    open: Mutex<HashSet<u64>>,
 }
 
 impl Through {
@@ -48,8 +48,17 @@ impl Through {
         Through {
             connection: connection.cloned(),
             backing: OnceLock::new(),
-            open: AtomicUsize::new(0),
+            open: Mutex::default(),
         }
+    }
+
+    fn open(&self) -> MutexGuard<'_, HashSet<u64>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// True when no file is open on this connection.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.open().is_empty()
     }
 }
 
@@ -108,7 +117,7 @@ impl Node {
             }
         };
         let fh = self.shared.files.insert(file);
-        through.open.fetch_add(1, Ordering::AcqRel);
+        through.open().insert(fh);
         let opened = Opened {
             fh,
             flags: OpenFlags::DIRECT_IO | OpenFlags::NOFLUSH | OpenFlags::PARALLEL_DIRECT_WRITES,
@@ -138,9 +147,10 @@ impl Node {
     }
 
     pub(crate) fn release(&self, through: &Through, fh: u64) {
-        if let Some(file) = self.shared.files.remove(fh) {
+        if through.open().remove(&fh)
+            && let Some(file) = self.shared.files.remove(fh)
+        {
             file.release();
-            through.open.fetch_sub(1, Ordering::AcqRel);
         }
     }
 
@@ -277,10 +287,22 @@ impl Handler for OwnHandler {
         }
         self.node.handle(&self.through, self.ino, request);
         if release
-            && self.through.open.load(Ordering::Acquire) == 0
+            && self.through.is_idle()
             && let Some(mounter) = self.mounter.upgrade()
         {
             mounter.idle(self.node.serial);
+        }
+    }
+}
+
+impl Drop for OwnHandler {
+    /// The connection has ended. When the last file of a mount that is already detached is
+    /// closed, the kernel ends the connection at once, and a RELEASE that nobody has read is lost
+    /// (`fs/fuse/inode.c`, `fuse_sb_destroy`): what is still open here is closed now.
+    fn drop(&mut self) {
+        let open: Vec<u64> = self.through.open().iter().copied().collect();
+        for fh in open {
+            self.node.release(&self.through, fh);
         }
     }
 }

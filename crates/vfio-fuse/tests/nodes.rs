@@ -1,0 +1,116 @@
+//! The nodes: names, opens, connections of a device's own, and how they go.
+
+mod common;
+
+use common::{Host, until};
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::Duration;
+use vfio_core::device::Policy;
+
+fn open(path: &std::path::Path) -> std::io::Result<File> {
+    File::options().read(true).write(true).open(path)
+}
+
+#[test]
+fn names_come_and_go_with_the_device() {
+    let Some(host) = Host::new("names_come_and_go_with_the_device", |_| {}) else {
+        return;
+    };
+    let dir = host.dir.join("dev/vfio/devices");
+    assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
+    let (device, seen) = host.device("one");
+    let names: Vec<_> = std::fs::read_dir(&dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert_eq!(names, ["vfio0"]);
+    let meta = std::fs::metadata(host.node(0)).unwrap();
+    assert_eq!((meta.mode() & 0o7777, meta.uid()), (0o600, 0));
+    assert_eq!(
+        std::fs::metadata(host.iommu()).unwrap().mode() & 0o7777,
+        0o660
+    );
+    assert_eq!(device.destroy(Policy::Disassociate).result(), Some(Ok(())));
+    assert_eq!(
+        std::fs::metadata(host.node(0)).unwrap_err().kind(),
+        ErrorKind::NotFound
+    );
+    assert_eq!(seen.released.load(std::sync::atomic::Ordering::SeqCst), 1);
+}
+
+#[test]
+fn an_open_moves_to_a_connection_of_its_own_and_back_to_none() {
+    let name = "an_open_moves_to_a_connection_of_its_own_and_back_to_none";
+    let quick = |options: &mut vfio_fuse::Options| options.idle = Duration::from_millis(20);
+    let Some(host) = Host::new(name, quick) else {
+        return;
+    };
+    let (device, _) = host.device("one");
+    let dev = host.dev.as_ref().unwrap();
+    assert_eq!(dev.own_mounts(), 0, "at rest a device costs nothing");
+    let shared = std::fs::metadata(host.iommu()).unwrap().dev();
+    let file = open(&host.node(0)).unwrap();
+    assert_eq!(dev.own_mounts(), 1);
+    assert_ne!(file.metadata().unwrap().dev(), shared);
+    assert_eq!(
+        file.read_at(&mut [0; 4], 0).unwrap_err().raw_os_error(),
+        Some(libc::EINVAL)
+    );
+    let second = open(&host.node(0)).unwrap();
+    assert_eq!(
+        second.metadata().unwrap().dev(),
+        file.metadata().unwrap().dev()
+    );
+    assert_eq!(dev.open_files().0, 2);
+    drop(second);
+    drop(file);
+    until("the mount's end", || dev.own_mounts() == 0);
+    assert_eq!(dev.open_files().0, 0);
+    let again = open(&host.node(0)).unwrap();
+    assert_eq!(dev.own_mounts(), 1);
+    drop(again);
+    assert_eq!(device.destroy(Policy::Disassociate).result(), Some(Ok(())));
+}
+
+#[test]
+fn without_redirect_all_share_one() {
+    let name = "without_redirect_all_share_one";
+    let Some(host) = Host::new(name, |options| options.redirect = false) else {
+        return;
+    };
+    let (_device, _) = host.device("one");
+    let file = open(&host.node(0)).unwrap();
+    let shared = std::fs::metadata(host.iommu()).unwrap().dev();
+    assert_eq!(file.metadata().unwrap().dev(), shared);
+    assert_eq!(
+        file.write_at(&[0; 4], 0).unwrap_err().raw_os_error(),
+        Some(libc::EINVAL)
+    );
+}
+
+#[test]
+fn an_open_file_outlives_the_name_and_is_waited_for() {
+    let name = "an_open_file_outlives_the_name_and_is_waited_for";
+    let Some(host) = Host::new(name, |_| {}) else {
+        return;
+    };
+    let (device, seen) = host.device("one");
+    let file = open(&host.node(0)).unwrap();
+    let gone = device.destroy(Policy::Wait);
+    assert!(gone.result().is_none(), "it waits");
+    assert_eq!(open(&host.node(0)).unwrap_err().kind(), ErrorKind::NotFound);
+    until("no mount left", || {
+        host.dev.as_ref().unwrap().own_mounts() == 0
+    });
+    assert_eq!(
+        file.read_at(&mut [0; 4], 0).unwrap_err().raw_os_error(),
+        Some(libc::EINVAL)
+    );
+    drop(file);
+    gone.wait_for(Duration::from_secs(10)).unwrap().unwrap();
+    until("release", || {
+        seen.released.load(std::sync::atomic::Ordering::SeqCst) == 1
+    });
+}
