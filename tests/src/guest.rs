@@ -110,8 +110,8 @@ impl Guest {
         &self.release
     }
 
-    /// The socket of QEMU's monitor (QMP), for unplugging and the like.
-    pub fn monitor(&self) -> PathBuf {
+    /// The socket of QEMU's monitor (QMP); see [`Guest::monitor`].
+    pub fn monitor_path(&self) -> PathBuf {
         self.dir.join("qmp")
     }
 

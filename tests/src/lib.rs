@@ -2,6 +2,7 @@
 
 mod console;
 pub mod guest;
+pub mod guest_hardware;
 mod initramfs;
 pub mod packages;
 pub mod skip;

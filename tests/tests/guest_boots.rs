@@ -1,5 +1,10 @@
 //! The guests that other tests use: they boot, answer, and have the hardware they are given.
 
+use std::io::Read as _;
+use std::io::Write as _;
+use std::os::fd::AsRawFd as _;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -9,6 +14,9 @@ use vfiod_tests::packages::Prefix;
 use vfiod_tests::skip;
 
 const SHORT: Duration = Duration::from_secs(30);
+
+/// Where QEMU puts the serial card.
+const CARD: &str = "0000:00:05.0";
 
 macro_rules! prefix_or_skip {
     () => {
@@ -66,6 +74,71 @@ fn a_stock_kernel_finds_a_serial_card_with_its_own_driver() {
             .power_off(SHORT)
             .expect("the guest switches itself off")
     );
+}
+
+#[test]
+fn bytes_and_interrupts_pass_an_inherited_descriptor_and_the_card_is_unplugged_while_open() {
+    let prefix = prefix_or_skip!();
+    let (mut host, qemu) = UnixStream::pair().expect("a pair of sockets");
+    host.set_read_timeout(Some(SHORT))
+        .expect("a socket has a timeout");
+    let qemu = OwnedFd::from(qemu);
+    let card = format!("socket,id=card,fd={}", qemu.as_raw_fd());
+    let mut guest = Guest::builder(&prefix)
+        .qemu_args(&[
+            "-chardev",
+            &card,
+            "-device",
+            "pci-serial,chardev=card,addr=05.0,id=serial",
+        ])
+        .inherit(qemu)
+        .boot_under(&["env", "--"])
+        .expect("the guest boots");
+    let ports = guest
+        .serial_ports(CARD, SHORT)
+        .expect("the card has a driver");
+    let port = ports.first().expect("the card has a port").clone();
+    guest
+        .check(&format!("exec 3<>/dev/{port}; stty raw -echo <&3"), SHORT)
+        .expect("the port opens");
+    let before = guest
+        .interrupt(&port, SHORT)
+        .expect("the guest answers")
+        .expect("the port has an interrupt");
+    assert_ne!(before.number, 0);
+
+    host.write_all(b"from outside\n").expect("QEMU listens");
+    let line = guest
+        .check("timeout 20 head -n 1 <&3", SHORT)
+        .expect("the line arrives");
+    assert_eq!(line, "from outside");
+    guest
+        .check("echo from inside >&3", SHORT)
+        .expect("the port takes it");
+    let mut bytes = [0; 12];
+    host.read_exact(&mut bytes).expect("the bytes arrive");
+    assert_eq!(&bytes, b"from inside\n");
+    let after = guest
+        .interrupt(&port, SHORT)
+        .expect("the guest answers")
+        .expect("the port has an interrupt");
+    assert_eq!(after.number, before.number);
+    assert!(after.count > before.count, "{before:?} {after:?}");
+
+    let status = guest
+        .monitor(r#"{"execute": "query-status"}"#)
+        .expect("QEMU answers");
+    assert!(status.contains("\"running\""), "{status}");
+    assert!(guest.monitor(r#"{"execute": "no-such-thing"}"#).is_err());
+    guest
+        .monitor(r#"{"execute": "device_del", "arguments": {"id": "serial"}}"#)
+        .expect("QEMU asks the guest to let go");
+    let gone = format!(
+        "n=0; while [ -e /sys/bus/pci/devices/{CARD} ] && [ $n -lt 200 ]; do usleep 50000; n=$((n+1)); done; [ ! -e /sys/bus/pci/devices/{CARD} ]"
+    );
+    guest
+        .check(&gone, SHORT)
+        .expect("the card leaves the guest");
 }
 
 #[test]

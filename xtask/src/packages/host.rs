@@ -54,7 +54,15 @@ pub(crate) fn ensure() -> Result<()> {
 fn install(names: &[&str]) -> Result<()> {
     workspace::output(
         Command::new("apt-get")
-            .args(["-q", "-y", "--no-install-recommends", "install"])
+            // Another apt may be at work, as on a machine that has just started.
+            .args([
+                "-q",
+                "-y",
+                "-o",
+                "DPkg::Lock::Timeout=300",
+                "--no-install-recommends",
+                "install",
+            ])
             .args(names)
             .env("DEBIAN_FRONTEND", "noninteractive"),
     )
