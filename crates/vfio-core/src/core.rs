@@ -159,17 +159,25 @@ impl Core {
         }
     }
 
-    /// The uevent of a VFIO device.
-    pub(crate) fn announce(&self, device: &Device, action: &str) {
-        if !self.0.subscribers.any() {
+    /// The variables of a VFIO device's uevents, and of its `uevent` file: those of its node.
+    pub(crate) fn vfio_env(&self, device: &Device) -> Vec<(String, String)> {
+        if !self.0.config.cdev {
+            return Vec::new();
+        }
+        vec![
+            ("MAJOR".into(), self.0.config.cdev_major.to_string()),
+            ("MINOR".into(), device.index().to_string()),
+            ("DEVNAME".into(), format!("vfio/devices/{}", device.name())),
+        ]
+    }
+
+    /// The uevent of a VFIO device, with `extra` variables before its own.
+    pub(crate) fn announce(&self, device: &Device, action: &str, extra: Vec<(String, String)>) {
+        if !self.is_heard() {
             return;
         }
-        let mut env = Vec::new();
-        if self.0.config.cdev {
-            env.push(("MAJOR".into(), self.0.config.cdev_major.to_string()));
-            env.push(("MINOR".into(), device.index().to_string()));
-            env.push(("DEVNAME".into(), format!("vfio/devices/{}", device.name())));
-        }
+        let mut env = extra;
+        env.extend(self.vfio_env(device));
         self.uevent(Uevent {
             action: action.into(),
             devpath: format!("{}/vfio-dev/{}", device.parent().devpath(), device.name()),

@@ -17,6 +17,7 @@ pub mod iommufd;
 pub mod irq;
 pub mod model;
 mod sync;
+pub mod sysfs;
 
 pub use self::core::{Config, Core};
 pub use rustix::io::Errno;

@@ -69,7 +69,7 @@ impl<O: DeviceOps> UnregisteredDevice<O> {
                 head.set_life(Life::Registered);
                 head.users.open();
                 head.core.event(head, What::Registered);
-                head.core.announce(&device, "add");
+                head.core.announce(&device, "add", Vec::new());
                 Ok(Registration(Some(device)))
             }
             Err(errno) => Err((self, errno)),
@@ -148,7 +148,7 @@ impl Unregistering {
                 users: head.users.number(),
             },
         );
-        head.core.announce(&device, "remove");
+        head.core.announce(&device, "remove", Vec::new());
         head.core.unpublish(&device);
         let rundown = head.users.close();
         // Runs on whichever thread sees the last user go.

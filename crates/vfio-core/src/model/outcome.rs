@@ -209,6 +209,16 @@ impl Waiting {
     }
 }
 
+impl Device {
+    /// Who has it open, for people: `closed`, or `open: 1 user of vfio0: …`.
+    pub fn describe_users(&self) -> String {
+        match self.users() {
+            0 => "closed".to_owned(),
+            _ => format!("open: {}", users_of(self)),
+        }
+    }
+}
+
 /// `2 users of vfio3: qemu-system-x86 (pid 812), bench (pid 820)`.
 fn users_of(device: &Device) -> String {
     let openers: Vec<String> = device
