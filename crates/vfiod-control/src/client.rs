@@ -82,7 +82,7 @@ impl Client {
     ///
     /// # Errors
     /// What the socket gives; `InvalidData` for what is not a reply.
-    pub fn next(&mut self) -> io::Result<Option<Answer>> {
+    pub fn reply(&mut self) -> io::Result<Option<Answer>> {
         let reply: Option<Reply> = wire::read(&mut self.reader, wire::MAX_REPLY)?;
         Ok(reply.map(|reply| reply.answer))
     }
@@ -104,7 +104,7 @@ impl Client {
         };
         self.send(call).map_err(lost)?;
         loop {
-            match self.next().map_err(lost)? {
+            match self.reply().map_err(lost)? {
                 None => return Err(lost(io::ErrorKind::UnexpectedEof.into())),
                 Some(Answer::Error(failure)) => return Err(failure),
                 Some(answer @ Answer::Progress(_)) => progress(&answer),
@@ -113,7 +113,7 @@ impl Client {
         }
     }
 
-    /// A limit on how long [`next`](Client::next) waits.
+    /// A limit on how long [`reply`](Client::reply) waits.
     ///
     /// # Errors
     /// `InvalidInput` for a time of zero.

@@ -1,0 +1,202 @@
+//! The command line.
+
+use clap::{Args, Parser, Subcommand};
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// See and operate VFIO devices: those of vfiod, and those of a kernel's own /sys.
+///
+/// DEV is vfioN, a UUID, a PCI address, BUS/ADDRESS, or a path of the device's directory or node.
+#[derive(Debug, Parser)]
+#[command(
+    name = "vfioctl",
+    version,
+    after_help = "Exit status: 0 done, 1 error, 2 usage, 3 not found, 4 busy or in use, 5 timeout, \
+                  6 daemon unreachable.\n`run` exits with the command's status; 125 to 127 are its \
+                  own failures."
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What every command takes.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Global {
+    /// Print JSON: one object, with its schema's version; events are one object a line.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// The daemon's control socket.
+    #[arg(long, global = true, value_name = "PATH", env = "VFIOD_SOCKET")]
+    pub(crate) socket: Option<PathBuf>,
+    /// The directory given to `vfiod serve --root`.
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        conflicts_with = "socket",
+        env = "VFIOD_ROOT"
+    )]
+    pub(crate) root: Option<PathBuf>,
+    /// Read this sysfs tree and ask no daemon.
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(crate) sys: Option<PathBuf>,
+    /// Where the nodes of that tree are.
+    #[arg(long = "dev", global = true, value_name = "DIR", requires = "sys")]
+    pub(crate) nodes: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// What there is, bound to what, open by whom.
+    List,
+    /// The same, with each device in its place.
+    Tree,
+    /// All about one device.
+    Show {
+        /// Which device.
+        dev: String,
+    },
+    /// What mediated devices can be made.
+    Types {
+        /// Of this parent only.
+        parent: Option<String>,
+    },
+    /// Make a mediated device and print its UUID.
+    Start {
+        /// The type, as `types` prints it.
+        #[arg(value_name = "TYPE")]
+        mdev_type: String,
+        /// Its UUID; a random one otherwise.
+        #[arg(long, short)]
+        uuid: Option<String>,
+        /// The parent, if several have the type.
+        #[arg(long, short)]
+        parent: Option<String>,
+    },
+    /// Remove a mediated device.
+    Stop {
+        /// Which device.
+        dev: String,
+        #[command(flatten)]
+        policy: Policy,
+    },
+    /// Bind a device to a driver.
+    Bind {
+        /// Which device.
+        dev: String,
+        /// The driver: vfio-pci on PCI, the one of its parent for mediated devices.
+        #[arg(long, short)]
+        driver: Option<String>,
+        #[command(flatten)]
+        policy: Policy,
+    },
+    /// Take a device from its driver.
+    Unbind {
+        /// Which device.
+        dev: String,
+        #[command(flatten)]
+        policy: Policy,
+    },
+    /// Who holds a device now.
+    Who {
+        /// Which device.
+        dev: String,
+    },
+    /// Wait for a device.
+    Wait {
+        /// Which device.
+        dev: String,
+        /// Until it is gone: unregistered, closed by all, released.
+        #[arg(long, required = true)]
+        gone: bool,
+        /// Give up after so many seconds.
+        #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+        timeout: Option<std::time::Duration>,
+    },
+    /// Print life-cycle events as they happen.
+    Events,
+    /// How the daemon is.
+    Status,
+    /// Run a command that finds vfiod's devices in /sys and /dev, beside the machine's own.
+    ///
+    /// The command gets a mount namespace of its own; nothing changes outside.
+    Run {
+        /// A network namespace of its own, into which uevents of vfiod's devices are sent. The
+        /// command then has no network but loopback.
+        #[arg(long)]
+        uevents: bool,
+        /// The command and its arguments.
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<OsString>,
+    },
+    /// Writes text into a file of sysfs, in a process of its own: the write may never return.
+    #[command(hide = true)]
+    InternalWrite { file: PathBuf, text: String },
+    /// Sends vfiod's uevents into this network namespace while a process lives.
+    #[command(hide = true)]
+    InternalUevents { pid: i32 },
+}
+
+/// What happens to the users of a device that is to go.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub(crate) struct Policy {
+    /// Ask its users to leave and wait for them, for ever (the default; what the kernel does).
+    #[arg(long, group = "policy")]
+    pub(crate) wait: bool,
+    /// Ask and wait so many seconds, then cut them off: they get ENODEV. A kernel's own device
+    /// cannot be cut off: then give up waiting with status 5.
+    #[arg(long, group = "policy", value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) timeout: Option<std::time::Duration>,
+    /// Cut its users off now.
+    #[arg(long, group = "policy")]
+    pub(crate) force: bool,
+}
+
+fn seconds(text: &str) -> Result<std::time::Duration, String> {
+    let seconds: f64 = text
+        .parse()
+        .map_err(|_| "not a number of seconds".to_owned())?;
+    std::time::Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn policies_exclude_each_other() {
+        let parse = |args: &[&str]| Cli::try_parse_from(args);
+        assert!(parse(&["vfioctl", "unbind", "vfio0", "--force"]).is_ok());
+        assert!(parse(&["vfioctl", "unbind", "vfio0", "--timeout", "1.5"]).is_ok());
+        for wrong in [
+            &["vfioctl", "unbind", "vfio0", "--force", "--wait"][..],
+            &["vfioctl", "unbind", "vfio0", "--timeout", "-1"],
+            &["vfioctl", "unbind", "vfio0", "--timeout", "nan"],
+            &["vfioctl", "unbind"],
+            &["vfioctl", "wait", "vfio0"],
+            &["vfioctl", "run"],
+            &["vfioctl"],
+        ] {
+            assert_eq!(parse(wrong).unwrap_err().exit_code(), 2, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn run_leaves_the_commands_options_alone() {
+        let cli = Cli::try_parse_from(["vfioctl", "run", "--", "ls", "--json", "-l"]).unwrap();
+        assert!(!cli.global.json);
+        let Command::Run { command, .. } = cli.command else {
+            panic!("not run");
+        };
+        assert_eq!(command, ["ls", "--json", "-l"]);
+    }
+}

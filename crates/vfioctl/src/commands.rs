@@ -1,0 +1,375 @@
+//! Each command: from the daemon when it answers, from a plain sysfs tree when it does not.
+
+use crate::cli::{Cli, Command, Global, Policy};
+use crate::fail::{Fail, Result};
+use crate::plain::Plain;
+use crate::print::{self, Style};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use vfiod_control::client::DEFAULT_SOCKET;
+use vfiod_control::view::SCHEMA;
+use vfiod_control::{Answer, Call, Client, FailureKind, UnregisterPolicy};
+
+/// Where answers come from.
+enum Source {
+    Daemon(Client),
+    Plain(Plain),
+}
+
+impl Source {
+    fn name(&self) -> &'static str {
+        match self {
+            Source::Daemon(_) => "vfiod",
+            Source::Plain(_) => "sysfs",
+        }
+    }
+}
+
+/// What `--json` prints: the payload under its name, beside schema and source.
+#[derive(Serialize)]
+struct Envelope<'a, T: Serialize> {
+    schema: u32,
+    source: &'a str,
+    #[serde(flatten)]
+    payload: std::collections::BTreeMap<&'a str, T>,
+}
+
+struct Output {
+    json: bool,
+    style: Style,
+    source: &'static str,
+}
+
+impl Output {
+    fn put<T: Serialize>(&self, key: &str, value: &T, text: impl FnOnce(Style) -> String) {
+        if self.json {
+            let envelope = Envelope {
+                schema: SCHEMA,
+                source: self.source,
+                payload: std::collections::BTreeMap::from([(key, value)]),
+            };
+            match serde_json::to_string_pretty(&envelope) {
+                Ok(text) => print::out(&format!("{text}\n")),
+                Err(error) => eprintln!("vfioctl: {error}"),
+            }
+        } else {
+            print::out(&text(self.style));
+        }
+    }
+}
+
+/// Does what was asked; the exit code is 0 except for `run`.
+pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
+    let global = &cli.global;
+    match &cli.command {
+        Command::InternalWrite { file, text } => return crate::plain::internal_write(file, text),
+        Command::Events => return events(global),
+        Command::Status => return status(global),
+        Command::Run { uevents, command } => return crate::run::run(global, *uevents, command),
+        _ => {}
+    }
+    let mut source = source(global)?;
+    let output = Output {
+        json: global.json,
+        style: Style::stdout(),
+        source: source.name(),
+    };
+    match &cli.command {
+        Command::List => {
+            let devices = match &mut source {
+                Source::Daemon(client) => expect(client, Call::List, |answer| match answer {
+                    Answer::Devices(devices) => Some(devices),
+                    _ => None,
+                })?,
+                Source::Plain(plain) => plain.list(),
+            };
+            if devices.is_empty() && !global.json {
+                eprintln!("no VFIO devices");
+            } else {
+                output.put("devices", &devices, |style| print::list(style, &devices));
+            }
+        }
+        Command::Tree => {
+            let tree = match &mut source {
+                Source::Daemon(client) => expect(client, Call::Tree, |answer| match answer {
+                    Answer::Tree(tree) => Some(tree),
+                    _ => None,
+                })?,
+                Source::Plain(plain) => plain.tree(),
+            };
+            if tree.devices.is_empty() && tree.parents.is_empty() && !global.json {
+                eprintln!("no VFIO devices");
+            } else {
+                output.put("tree", &tree, |style| print::tree(style, &tree));
+            }
+        }
+        Command::Show { dev } => {
+            let show = match &mut source {
+                Source::Daemon(client) => {
+                    let call = Call::Show { device: full(dev) };
+                    *expect(client, call, |answer| match answer {
+                        Answer::Show(show) => Some(show),
+                        _ => None,
+                    })?
+                }
+                Source::Plain(plain) => plain.show(&full(dev))?,
+            };
+            output.put("show", &show, |style| print::show(style, &show));
+        }
+        Command::Types { parent } => {
+            let types = match &mut source {
+                Source::Daemon(client) => {
+                    let call = Call::Types {
+                        parent: parent.clone(),
+                    };
+                    expect(client, call, |answer| match answer {
+                        Answer::Types(types) => Some(types),
+                        _ => None,
+                    })?
+                }
+                Source::Plain(plain) => plain.types(parent.as_deref())?,
+            };
+            if types.is_empty() && !global.json {
+                eprintln!("nothing that mediated devices could be made of");
+            } else {
+                output.put("parents", &types, |style| print::types(style, &types));
+            }
+        }
+        Command::Start {
+            mdev_type,
+            uuid,
+            parent,
+        } => {
+            let uuid = match &mut source {
+                Source::Daemon(client) => {
+                    let call = Call::Start {
+                        parent: parent.clone(),
+                        mdev_type: mdev_type.clone(),
+                        uuid: uuid.clone(),
+                    };
+                    expect(client, call, |answer| match answer {
+                        Answer::Started { uuid, .. } => Some(uuid),
+                        _ => None,
+                    })?
+                }
+                Source::Plain(plain) => {
+                    plain.start(parent.as_deref(), mdev_type, uuid.as_deref())?
+                }
+            };
+            output.put("uuid", &uuid, |_| format!("{uuid}\n"));
+        }
+        Command::Stop { dev, policy } => match &mut source {
+            Source::Daemon(client) => {
+                let call = Call::Stop {
+                    device: full(dev),
+                    policy: wire_policy(policy),
+                };
+                leave(client, call, dev, &output)?;
+            }
+            Source::Plain(plain) => plain.stop(&full(dev), policy)?,
+        },
+        Command::Bind {
+            dev,
+            driver,
+            policy,
+        } => match &mut source {
+            Source::Daemon(client) => {
+                let call = Call::Bind {
+                    device: full(dev),
+                    driver: driver.clone(),
+                };
+                expect(client, call, |answer| match answer {
+                    Answer::Done => Some(()),
+                    _ => None,
+                })?;
+            }
+            Source::Plain(plain) => plain.bind(&full(dev), driver.as_deref(), policy)?,
+        },
+        Command::Unbind { dev, policy } => match &mut source {
+            Source::Daemon(client) => {
+                let call = Call::Unbind {
+                    device: full(dev),
+                    policy: wire_policy(policy),
+                };
+                leave(client, call, dev, &output)?;
+            }
+            Source::Plain(plain) => plain.unbind(&full(dev), policy)?,
+        },
+        Command::Who { dev } => {
+            let holders = match &mut source {
+                Source::Daemon(client) => {
+                    let call = Call::Who { device: full(dev) };
+                    expect(client, call, |answer| match answer {
+                        Answer::Holders(holders) => Some(holders),
+                        _ => None,
+                    })?
+                }
+                Source::Plain(plain) => plain.who(&full(dev))?,
+            };
+            output.put("holders", &holders, |style| {
+                print::who(style, dev, &holders)
+            });
+        }
+        Command::Wait { dev, timeout, .. } => match &mut source {
+            Source::Daemon(client) => {
+                let call = Call::WaitGone {
+                    device: full(dev),
+                    timeout_ms: timeout.map(millis),
+                };
+                leave(client, call, dev, &output)?;
+            }
+            Source::Plain(plain) => plain.wait_gone(&full(dev), *timeout)?,
+        },
+        Command::Events
+        | Command::Status
+        | Command::InternalWrite { .. }
+        | Command::InternalUevents { .. }
+        | Command::Run { .. } => {}
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The socket to use, and whether somebody asked for this one.
+fn socket(global: &Global) -> (PathBuf, bool) {
+    match (&global.socket, &global.root) {
+        (Some(socket), _) => (socket.clone(), true),
+        (None, Some(root)) => (root.join("vfiod.sock"), true),
+        (None, None) => (PathBuf::from(DEFAULT_SOCKET), false),
+    }
+}
+
+/// The daemon, for what only it can do.
+pub(crate) fn daemon(global: &Global) -> Result<Client> {
+    Ok(Client::connect(&socket(global).0)?)
+}
+
+fn source(global: &Global) -> Result<Source> {
+    if let Some(sys) = &global.sys {
+        let dev = global
+            .nodes
+            .clone()
+            .unwrap_or_else(|| PathBuf::from("/dev"));
+        return Ok(Source::Plain(Plain::new(sys, &dev)));
+    }
+    let (socket, asked) = socket(global);
+    match Client::connect(&socket) {
+        Ok(client) => Ok(Source::Daemon(client)),
+        Err(error) if asked => Err(error.into()),
+        Err(error) => {
+            if error.source.kind() == std::io::ErrorKind::PermissionDenied {
+                eprintln!("vfioctl: {error}; this is the machine's own /sys:");
+            }
+            Ok(Source::Plain(Plain::new(
+                Path::new("/sys"),
+                Path::new("/dev"),
+            )))
+        }
+    }
+}
+
+/// Sends `call` and takes the answer that `pick` knows.
+fn expect<T>(client: &mut Client, call: Call, pick: impl FnOnce(Answer) -> Option<T>) -> Result<T> {
+    let answer = client.call(call, |_| {})?;
+    pick(answer).ok_or_else(|| Fail::failed("vfiod gave an answer that does not fit the question"))
+}
+
+/// A call that may wait for a device's users: says for whom, on standard error.
+fn leave(client: &mut Client, call: Call, dev: &str, output: &Output) -> Result {
+    let answer = client.call(call, |progress| {
+        if let Answer::Progress(pending) = progress {
+            eprintln!("vfioctl: {}: {}", pending.device, print::waiting(pending));
+        }
+    })?;
+    match answer {
+        Answer::Ended(end) => {
+            if end.users_cut_off && !output.json {
+                eprintln!("vfioctl: {dev}: its users were cut off");
+            }
+            if output.json {
+                output.put("ended", &end, |_| String::new());
+            }
+            Ok(())
+        }
+        Answer::Done => Ok(()),
+        _ => Err(Fail::failed(
+            "vfiod gave an answer that does not fit the question",
+        )),
+    }
+}
+
+fn status(global: &Global) -> Result<ExitCode> {
+    let mut client = daemon(global)?;
+    let status = expect(&mut client, Call::Status, |answer| match answer {
+        Answer::Status(status) => Some(status),
+        _ => None,
+    })?;
+    let output = Output {
+        json: global.json,
+        style: Style::stdout(),
+        source: "vfiod",
+    };
+    output.put("status", &status, |style| print::status(style, &status));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn events(global: &Global) -> Result<ExitCode> {
+    let mut client = daemon(global)?;
+    let style = Style::stdout();
+    let broken = |error: std::io::Error| {
+        Fail::new(
+            FailureKind::Failed,
+            format!("the connection to vfiod broke: {error}"),
+        )
+    };
+    client.send(Call::Events).map_err(broken)?;
+    while let Some(answer) = client.reply().map_err(broken)? {
+        match answer {
+            Answer::Event(event) if global.json => {
+                print::out(&format!(
+                    "{}\n",
+                    serde_json::json!({"schema": SCHEMA, "event": event})
+                ));
+            }
+            Answer::Event(event) => print::out(&print::event(style, &event)),
+            Answer::Lost { count } if global.json => {
+                print::out(&format!(
+                    "{}\n",
+                    serde_json::json!({"schema": SCHEMA, "lost": count})
+                ));
+            }
+            Answer::Lost { count } => eprintln!("vfioctl: {count} events were lost: too slow"),
+            Answer::Error(failure) => return Err(failure.into()),
+            _ => {}
+        }
+    }
+    Err(Fail {
+        code: vfiod_control::client::EXIT_UNREACHABLE,
+        message: "vfiod has ended".to_owned(),
+    })
+}
+
+fn wire_policy(policy: &Policy) -> UnregisterPolicy {
+    match (policy.force, policy.timeout) {
+        (true, _) => UnregisterPolicy::Force,
+        (false, Some(time)) => UnregisterPolicy::Timeout { ms: millis(time) },
+        (false, None) => UnregisterPolicy::Wait,
+    }
+}
+
+fn millis(time: std::time::Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The daemon has another working directory: a path goes to it in full. A name that happens to be a
+/// file's here stays a name.
+fn full(dev: &str) -> String {
+    if !dev.starts_with("./") && !dev.starts_with("../") {
+        return dev.to_owned();
+    }
+    let path = std::fs::canonicalize(dev).or_else(|_| std::path::absolute(dev));
+    path.map_or_else(
+        |_| dev.to_owned(),
+        |path| path.to_string_lossy().into_owned(),
+    )
+}
