@@ -203,7 +203,8 @@ impl Memory {
     /// enough for every access.
     #[must_use]
     pub fn query_is_cheap(&self) -> bool {
-        !matches!(self.query_kernel(0), Err(Errno::NOTTY))
+        // Known since the first query, which making a `Memory` asks.
+        self.can_query.load(Ordering::Relaxed)
     }
 
     fn query_kernel(&self, addr: u64) -> Result<Mapping> {

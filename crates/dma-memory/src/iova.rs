@@ -102,13 +102,17 @@ pub struct IovaMap<T> {
     /// For each chunk, at least the longest hole that follows one of its entries. Holes only get
     /// shorter by inserting, so it may be too high; a search that finds nothing corrects it.
     holes: Vec<AtomicU64>,
-    chunks: Vec<Chunk<T>>,
+    #[expect(
+        clippy::vec_box,
+        reason = "making room for a chunk moves all after it, so pointers must do"
+    )]
+    chunks: Vec<Box<Chunk<T>>>,
     len: usize,
 }
 
 struct Chunk<T> {
-    ranges: Vec<Range>,
     values: Vec<T>,
+    ranges: Ranges,
 }
 
 /// An entry's place; past the end when `chunk` is the number of chunks.
@@ -224,14 +228,7 @@ impl<T> IovaMap<T> {
             .partition_point(|first| *first <= range.start)
             .saturating_sub(1);
         let Some(chunk) = self.chunks.get(at) else {
-            self.push_chunk(
-                0,
-                Chunk {
-                    ranges: vec![range],
-                    values: vec![value],
-                },
-                u64::MAX,
-            );
+            self.push_chunk(0, Chunk::with(range, value), u64::MAX);
             self.len += 1;
             return Ok(());
         };
@@ -251,14 +248,7 @@ impl<T> IovaMap<T> {
             let is_end = entry == chunk.ranges.len() && at + 1 == self.chunks.len();
             if is_end {
                 // Areas added in order fill their chunks.
-                self.push_chunk(
-                    at + 1,
-                    Chunk {
-                        ranges: vec![range],
-                        values: vec![value],
-                    },
-                    hole,
-                );
+                self.push_chunk(at + 1, Chunk::with(range, value), hole);
                 self.len += 1;
                 return Ok(());
             }
@@ -290,7 +280,7 @@ impl<T> IovaMap<T> {
         if chunk.ranges.get(place.entry)?.start != start {
             return None;
         }
-        let range = chunk.ranges.remove(place.entry);
+        let range = chunk.ranges.remove(place.entry)?;
         let value = chunk.values.remove(place.entry);
         self.len -= 1;
         // The hole after the entry before it, wherever that is, now reaches to the next.
@@ -499,6 +489,7 @@ impl<T> IovaMap<T> {
     }
 
     fn push_chunk(&mut self, at: usize, chunk: Chunk<T>, hole: u64) {
+        let chunk = Box::new(chunk);
         self.firsts
             .insert(at, chunk.ranges.first().map_or(0, |r| r.start));
         self.holes.insert(at, AtomicU64::new(hole));
@@ -510,7 +501,7 @@ impl<T> IovaMap<T> {
             return;
         };
         let upper = Chunk {
-            ranges: split_off(&mut chunk.ranges, middle),
+            ranges: chunk.ranges.split_off(middle),
             values: split_off(&mut chunk.values, middle),
         };
         let hole = self
@@ -541,9 +532,77 @@ impl<T> IovaMap<T> {
         let hole = self.holes.remove(low + 1).into_inner();
         let upper = self.chunks.remove(low + 1);
         if let Some((chunk, longest)) = self.chunks.get_mut(low).zip(self.holes.get_mut(low)) {
-            chunk.ranges.extend(upper.ranges);
+            chunk.ranges.extend(&upper.ranges);
             chunk.values.extend(upper.values);
             *longest.get_mut() = (*longest.get_mut()).max(hole);
+        }
+    }
+}
+
+impl<T> Chunk<T> {
+    fn with(range: Range, value: T) -> Self {
+        let mut ranges = Ranges::default();
+        ranges.insert(0, range);
+        Self {
+            values: vec![value],
+            ranges,
+        }
+    }
+}
+
+/// The ranges of a chunk in order, in the chunk itself: a lookup goes from the array of first addresses
+/// right to them. Dereferences to those in use.
+struct Ranges {
+    len: usize,
+    all: [Range; CHUNK],
+}
+
+impl Default for Ranges {
+    fn default() -> Self {
+        Self {
+            len: 0,
+            all: [Range::ALL; CHUNK],
+        }
+    }
+}
+
+impl std::ops::Deref for Ranges {
+    type Target = [Range];
+
+    fn deref(&self) -> &[Range] {
+        self.all.get(..self.len).unwrap_or_default()
+    }
+}
+
+impl Ranges {
+    /// There is room: a full chunk is split first.
+    fn insert(&mut self, at: usize, range: Range) {
+        self.all.copy_within(at..self.len, at + 1);
+        if let Some(slot) = self.all.get_mut(at) {
+            *slot = range;
+            self.len += 1;
+        }
+    }
+
+    fn remove(&mut self, at: usize) -> Option<Range> {
+        let range = *self.get(at)?;
+        self.all.copy_within(at + 1..self.len, at);
+        self.len -= 1;
+        Some(range)
+    }
+
+    fn split_off(&mut self, middle: usize) -> Self {
+        let mut upper = Self::default();
+        upper.extend(self.get(middle..).unwrap_or_default());
+        self.len = self.len.min(middle);
+        upper
+    }
+
+    fn extend(&mut self, more: &[Range]) {
+        let end = self.len.saturating_add(more.len());
+        if let Some(room) = self.all.get_mut(self.len..end) {
+            room.copy_from_slice(more);
+            self.len = end;
         }
     }
 }
