@@ -456,6 +456,25 @@ mod tests {
     }
 
     #[test]
+    fn what_a_suite_leaves_in_another_group_is_killed_with_it() {
+        let mut child = Command::new("sh")
+            .args(["-c", "setsid sleep 1000 & echo $!; wait"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("there is a shell");
+        let mut line = String::new();
+        let stdout = child.stdout.take().expect("the output is a pipe");
+        let mut stdout = BufReader::new(stdout);
+        stdout
+            .read_line(&mut line)
+            .expect("the shell tells the number");
+        kill_tree(&mut child);
+        child.wait().expect("it ends");
+        // The sleeper holds the other end of the pipe: it ends only when the sleeper is gone.
+        assert_eq!(stdout.read_line(&mut line).expect("the pipe ends"), 0);
+    }
+
+    #[test]
     fn an_unknown_suite_is_named_with_those_there_are() {
         let all = [Suite {
             name: "unit".to_owned(),
