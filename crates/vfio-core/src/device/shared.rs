@@ -148,6 +148,8 @@ pub(crate) trait AnyDevice: Send + Sync {
     /// First or further open. `bind` runs on the first only.
     fn open(self: Arc<Self>, repeated: bool, bind: Bind<'_>) -> Result<Arc<dyn Session>>;
     fn request(self: Arc<Self>, count: u32) -> RequestChannel;
+    /// Tells the driver, if the device is open, that client memory is going.
+    fn dma_unmap(self: Arc<Self>, iova: u64, len: u64);
     fn attributes(&self) -> &'static [(&'static str, &'static str)];
     fn show(self: Arc<Self>, group: &str, name: &str) -> Result<String>;
     fn is_open(&self) -> bool;
@@ -381,6 +383,13 @@ impl<O: DeviceOps> AnyDevice for Shared<O> {
         let session = session.as_deref().and_then(|open| open.session.as_ref());
         self.contain(|ops| Ok(ops.request(session, count)))
             .unwrap_or(RequestChannel::None)
+    }
+
+    fn dma_unmap(self: Arc<Self>, iova: u64, len: u64) {
+        let session = self.opens().session.upgrade();
+        if let Some(session) = session {
+            session.dma_unmap(iova, len);
+        }
     }
 
     fn attributes(&self) -> &'static [(&'static str, &'static str)] {

@@ -1,31 +1,34 @@
 //! iommufd: contexts, IOASes, accesses and page tables (`drivers/iommu/iommufd`).
+//!
+//! ```text
+//!   client ── ioctl ─► Iommufd ── Table ─┬─ Ioas ── IovaMap ── Area ── memory of the client
+//!                                        ├─ Hwpt ──┘ ▲
+//!   driver ── Dma ─► Port ── Route ──────┼───────────┘
+//!                     ▲                  │
+//!   BIND, ATTACH ── Binding ─────────────┴─ Bound (access or device object)
+//! ```
+//!
+//! Three locks, in this order, each held for lookups and changes only: the table of a context,
+//! then one IOAS or one port. While client memory is read or written none of them is held, since
+//! it may never answer; what keeps an area from being unmapped meanwhile is a count with a
+//! [`Gate`](gate::Gate), and whoever unmaps waits for it, not for ever.
+//!
+//! Differences from the kernel, all on purpose: nothing is pinned, so `RLIMIT_MEMLOCK` does not
+//! matter, memory that the client unmaps after mapping it for DMA is `EFAULT` at the access, and
+//! a memory file cut short is `EFAULT` too. A descriptor that is not memory is refused by
+//! `IOMMU_IOAS_MAP_FILE` itself, not at the first access. An unmap of memory that an access hangs
+//! on ends with `EBUSY`. Page tables have no dirty tracking, no nesting, no PASIDs and no faults.
 
-use crate::Result;
-use crate::caller::Caller;
-use crate::device::{Binding, Device};
-use std::sync::Arc;
+mod access;
+mod area;
+mod attach;
+mod commands;
+mod compat;
+mod context;
+mod gate;
+mod hwpt;
+mod ioas;
+mod reach;
+mod table;
 
-/// A context: one open of `/dev/iommu`, plus one reference per device bound to it.
-#[derive(Debug, Default)]
-pub struct Iommufd {}
-
-impl Iommufd {
-    /// A fresh context, for an open of the node.
-    pub fn new() -> Arc<Iommufd> {
-        Arc::default()
-    }
-
-    /// An ioctl on the file. Returns what the client's `ioctl()` returns.
-    pub fn ioctl(self: &Arc<Self>, _cmd: u32, _arg: u64, _caller: &dyn Caller) -> Result<u32> {
-        Err(crate::Errno::NOTTY)
-    }
-
-    /// The file is closed: what the user can destroy is destroyed; bound devices keep the rest.
-    pub fn close(&self) {}
-
-    /// Binds a device: an *access* object for an emulated one, a *device* object for a physical
-    /// one (`EPERM` when its group's DMA belongs to another context).
-    pub(crate) fn bind(self: &Arc<Self>, _device: &Device) -> Result<Box<dyn Binding>> {
-        Err(crate::Errno::NODEV)
-    }
-}
+pub use context::Iommufd;

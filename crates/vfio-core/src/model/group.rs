@@ -12,6 +12,8 @@ pub struct IommuGroup {
     /// What a `default_domain` would say; a group without a name has one.
     domain: Mutex<&'static str>,
     reserved: Box<[ReservedRegion]>,
+    /// Who may program its DMA, and with how many of its devices.
+    dma_owner: Mutex<Option<(u64, u32)>>,
     pub(super) devices: Mutex<Vec<Weak<BusDevice>>>,
     groups: Weak<RwLock<Vec<Weak<IommuGroup>>>>,
     index: Index,
@@ -123,6 +125,45 @@ impl IommuGroup {
     }
 }
 
+/// A share in the DMA of a group, given back when dropped (`iommu_device_release_dma_owner`).
+#[derive(Debug)]
+pub(crate) struct DmaOwnership(Arc<IommuGroup>);
+
+impl DmaOwnership {
+    pub(crate) fn group(&self) -> &Arc<IommuGroup> {
+        &self.0
+    }
+}
+
+impl Drop for DmaOwnership {
+    fn drop(&mut self) {
+        let owner = &self.0.dma_owner;
+        let mut owner = owner.lock().unwrap_or_else(PoisonError::into_inner);
+        *owner = match *owner {
+            Some((id, count)) if count > 1 => Some((id, count - 1)),
+            _ => None,
+        };
+    }
+}
+
+impl IommuGroup {
+    /// One more of its devices belongs to this owner (`iommu_device_claim_dma_owner`). `EPERM`
+    /// while another owner has one.
+    pub(crate) fn claim_dma(self: &Arc<Self>, owner: u64) -> Result<DmaOwnership> {
+        let mut now = self
+            .dma_owner
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *now = match *now {
+            None => Some((owner, 1)),
+            Some((id, count)) if id == owner => Some((id, count.saturating_add(1))),
+            Some(_) => return Err(Errno::PERM),
+        };
+        drop(now);
+        Ok(DmaOwnership(Arc::clone(self)))
+    }
+}
+
 impl Drop for IommuGroup {
     fn drop(&mut self) {
         if let Some(groups) = self.groups.upgrade() {
@@ -169,6 +210,7 @@ impl IommuGroups {
             name,
             domain: Mutex::new(if name.is_some() { "unknown" } else { "DMA" }),
             reserved,
+            dma_owner: Mutex::default(),
             devices: Mutex::default(),
             groups: Arc::downgrade(&self.groups),
             index,

@@ -14,6 +14,7 @@ mod outcome;
 
 pub use bus::{Bus, BusOptions, Driver, VfioDriver};
 pub use device::{BusDevice, Subsystem};
+pub(crate) use group::DmaOwnership;
 pub use group::{IommuGroup, IommuGroups, ReservedKind, ReservedRegion, X86_MSI};
 pub use outcome::{Outcome, Waiting};
 
