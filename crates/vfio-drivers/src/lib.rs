@@ -1,4 +1,5 @@
 //! The devices: one module each.
 
+pub mod mdpy;
 pub mod mtty;
 pub mod pci_config;

@@ -227,6 +227,16 @@ pub struct RegionMemory {
 }
 
 impl RegionMemory {
+    /// All of `memory` as one region: what a driver's tests have in place of [`OpenCx::memory`].
+    pub fn whole(memory: Arc<DeviceMemory>) -> RegionMemory {
+        let size = memory.size();
+        RegionMemory {
+            memory,
+            base: 0,
+            size,
+        }
+    }
+
     /// Size in bytes.
     pub fn size(&self) -> u64 {
         self.size
