@@ -325,7 +325,11 @@ impl Sysfs {
             }
             Dir::Driver(bus, name) => {
                 let Some(bus) = self.bus(bus) else { return };
-                list.link("module");
+                // Code that is not in a module has no link, as what is built into the kernel.
+                let driver = bus.driver(name);
+                if driver.is_some_and(|d| self.core.model().module(d.module()).is_some()) {
+                    list.link("module");
+                }
                 let bound =
                     |device: &Arc<BusDevice>| device.driver().is_some_and(|d| d.name() == *name);
                 for device in bus.devices().into_iter().filter(bound) {
