@@ -24,7 +24,7 @@ impl Prefix {
     ///
     /// # Errors
     /// It is not there yet; the message says which command makes it. It is meant for
-    /// [`skip`](crate::skip).
+    /// [`skip`](crate::skip()).
     pub fn find() -> Result<Self, String> {
         let dir = std::env::var_os("VFIOD_PRIVATE_DIR")
             .map(PathBuf::from)
