@@ -117,7 +117,14 @@ impl IommuGroup {
             return Err(Errno::INVAL);
         }
         let owned = |device: Arc<BusDevice>| device.vfio_device().is_some_and(|d| d.is_open());
-        if self.devices().into_iter().any(owned) {
+        let claimed = |group: &IommuGroup| {
+            let owner = &group.dma_owner;
+            owner
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .is_some()
+        };
+        if claimed(self) || self.devices().into_iter().any(owned) {
             return Err(Errno::PERM);
         }
         *self.domain.lock().unwrap_or_else(PoisonError::into_inner) = wanted;

@@ -233,7 +233,8 @@ impl Instance {
 
 impl Parent {
     /// `mdev_register_parent()`, with the driver registered on the bus along with its first
-    /// parent. On return the types can be seen and devices made. `EINVAL` when the device is not
+    /// parent; further parents with the same driver pass the same `Arc`
+    /// (`register::<D>`, which names the driver for the compiler). On return the types can be seen and devices made. `EINVAL` when the device is not
     /// in the tree or the driver has no types or no `device_api`, `EBUSY` when it is a parent
     /// already or another driver of this name is registered.
     pub fn register<D: Driver>(

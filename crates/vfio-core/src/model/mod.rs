@@ -11,6 +11,10 @@ pub mod faux;
 mod group;
 pub mod mdev;
 mod outcome;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use bus::{Bus, BusOptions, Driver, VfioDriver};
 pub use device::{BusDevice, Subsystem};

@@ -14,6 +14,8 @@
 
 mod attr;
 mod path;
+#[cfg(test)]
+mod tests;
 mod text;
 mod tree;
 

@@ -1,0 +1,275 @@
+use super::testing::*;
+use super::*;
+use crate::device::{DeviceFile, Policy, ReleaseSlot};
+use proptest::prelude::*;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+#[test]
+fn a_slot_is_taken_until_release() {
+    let core = core();
+    let slot = ReleaseSlot::new();
+    let make = |name| {
+        let driver = Plain {
+            slot: Some(Arc::clone(&slot)),
+            ..plain("ccw")
+        };
+        faux::Device::create(&core, name, driver)
+    };
+    let first = make("first").unwrap();
+    assert_eq!(make("second").unwrap_err(), Errno::BUSY);
+    // A reference that outlives the unregister keeps the place.
+    let reference = first.bus_device().vfio_device().unwrap();
+    assert_eq!(first.destroy(Policy::Wait).result(), Some(Ok(())));
+    assert_eq!(make("second").unwrap_err(), Errno::BUSY);
+    drop(reference);
+    slot.wait_vacant();
+    let second = make("second").unwrap();
+    assert_eq!(second.destroy(Policy::Wait).result(), Some(Ok(())));
+}
+
+#[test]
+fn one_driver_for_two_parents() {
+    let core = core();
+    let driver = Arc::new(Serial(Arc::new(AtomicU32::new(2))));
+    let parents: Vec<_> = ["a", "b"]
+        .map(|name| {
+            let device = BusDevice::virtual_class("mtty", name);
+            device.add(&core).unwrap();
+            mdev::Parent::register::<Serial>(&core, &device, Arc::clone(&driver)).unwrap()
+        })
+        .into();
+    let bus = core.model().bus("mdev").unwrap();
+    for parent in &parents {
+        parent
+            .create_text(0, uuid(parent.device().id() as u32).as_bytes())
+            .unwrap();
+    }
+    assert_eq!(parents[0].available_instances(0), Some(0));
+    let other = BusDevice::virtual_class("mtty", "c");
+    other.add(&core).unwrap();
+    let clash = mdev::Parent::register(&core, &other, Serial(Arc::default()));
+    assert_eq!(
+        clash.unwrap_err(),
+        Errno::BUSY,
+        "another driver of this name"
+    );
+    for (parent, left) in parents.iter().zip([true, false]) {
+        assert_eq!(parent.unregister(Policy::Wait).result(), Some(Ok(())));
+        assert_eq!(bus.driver("serial").is_some(), left);
+    }
+    assert_eq!(driver.0.load(Ordering::SeqCst), 2);
+}
+
+#[test]
+fn a_deadline_cuts_users_off() {
+    let core = core();
+    let device = faux::Device::create(&core, "a", plain("late")).unwrap();
+    let vfio = device.bus_device().vfio_device().unwrap();
+    let file = vfio.open_cdev(opener()).unwrap();
+    drop(vfio);
+    let policy = Policy::WaitThenDisassociate(std::time::Duration::from_millis(20));
+    let outcome = device.destroy(policy);
+    assert!(outcome.result().is_none());
+    assert_eq!(outcome.wait_for(SOON), Some(Ok(())));
+    assert_eq!(file.read(0, &mut [0]), Err(Errno::NODEV));
+    assert!(core.model().bus("faux").unwrap().devices().is_empty());
+}
+
+#[test]
+fn creates_race_and_one_wins() {
+    let core = core();
+    let parent = serial(&core);
+    for round in 0..50 {
+        let results: Vec<Result<_>> = std::thread::scope(|scope| {
+            let racers: Vec<_> = (0..4)
+                .map(|_| scope.spawn(|| parent.create_text(0, uuid(round).as_bytes())))
+                .collect();
+            racers
+                .into_iter()
+                .map(|racer| racer.join().unwrap())
+                .collect()
+        });
+        let won: Vec<_> = results.iter().flatten().collect();
+        assert_eq!(won.len(), 1);
+        assert!(
+            results
+                .iter()
+                .all(|result| matches!(result, Ok(_) | Err(Errno::EXIST)))
+        );
+        // And one of two removals.
+        let device = won[0];
+        let ended: Vec<_> = std::thread::scope(|scope| {
+            let racers: Vec<_> = (0..2)
+                .map(|_| scope.spawn(|| mdev::remove(&core, device, Policy::Wait).result()))
+                .collect();
+            racers
+                .into_iter()
+                .map(|racer| racer.join().unwrap())
+                .collect()
+        });
+        assert!(ended.contains(&Some(Ok(()))) && ended.contains(&Some(Err(Errno::NODEV))));
+    }
+    assert_eq!(parent.available_instances(0), Some(24));
+}
+
+/// What may be done to one of a few mdevs.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Create { who: usize, ports: u32 },
+    Remove(usize),
+    Unbind(usize),
+    Open(usize),
+    Close(usize),
+    Force(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let who = 0..4usize;
+    prop_oneof![
+        (who.clone(), 1..=2u32).prop_map(|(who, ports)| Step::Create { who, ports }),
+        who.clone().prop_map(Step::Remove),
+        who.clone().prop_map(Step::Unbind),
+        who.clone().prop_map(Step::Open),
+        who.clone().prop_map(Step::Close),
+        who.prop_map(Step::Force),
+    ]
+}
+
+/// The contract in a few words, for one uuid.
+#[derive(Default)]
+struct Slot {
+    device: Option<Arc<BusDevice>>,
+    /// Held by the driver's state.
+    ports: u32,
+    bound: bool,
+    removing: bool,
+    files: Vec<Arc<DeviceFile>>,
+    /// Files that no longer count.
+    dead: Vec<Arc<DeviceFile>>,
+}
+
+impl Slot {
+    /// What follows when the users have gone.
+    fn settle(&mut self) {
+        if self.files.is_empty() {
+            if !self.bound {
+                self.ports = 0;
+            }
+            if self.removing {
+                *self = Slot {
+                    dead: std::mem::take(&mut self.dead),
+                    ..Slot::default()
+                };
+            }
+        }
+    }
+}
+
+const PORTS: u32 = 5;
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+    #[test]
+    fn like_the_contract(steps in prop::collection::vec(step(), 1..60)) {
+        let core = core();
+        let parent_device = BusDevice::virtual_class("mtty", "mtty");
+        parent_device.add(&core).unwrap();
+        let budget = Arc::new(AtomicU32::new(PORTS));
+        let parent =
+            mdev::Parent::register(&core, &parent_device, Serial(Arc::clone(&budget))).unwrap();
+        let bus = core.model().bus("mdev").unwrap();
+        let mut slots: Vec<Slot> = (0..4).map(|_| Slot::default()).collect();
+        for step in steps {
+            let left = PORTS - slots.iter().map(|slot| slot.ports).sum::<u32>();
+            match step {
+                Step::Create { who, ports } => {
+                    let made = parent.create_text(ports as usize - 1, uuid(who as u32).as_bytes());
+                    let slot = &mut slots[who];
+                    if slot.device.is_some() {
+                        prop_assert_eq!(made.unwrap_err(), Errno::EXIST);
+                    } else if left < ports {
+                        prop_assert_eq!(made.unwrap_err(), Errno::NOSPC);
+                    } else {
+                        slot.device = Some(made.unwrap());
+                        slot.ports = ports;
+                        slot.bound = true;
+                    }
+                }
+                Step::Remove(who) => {
+                    let slot = &mut slots[who];
+                    let Some(device) = &slot.device else { continue };
+                    let outcome = mdev::remove(&core, device, Policy::Wait);
+                    if slot.removing {
+                        prop_assert_eq!(outcome.result(), Some(Err(Errno::NODEV)));
+                    } else {
+                        let expected = slot.files.is_empty().then_some(Ok(()));
+                        prop_assert_eq!(outcome.result(), expected);
+                        slot.removing = true;
+                        slot.bound = false;
+                        slot.settle();
+                    }
+                }
+                Step::Unbind(who) => {
+                    let slot = &mut slots[who];
+                    let Some(device) = &slot.device else { continue };
+                    let outcome = device.unbind(&core, Policy::Wait);
+                    if slot.bound {
+                        let expected = slot.files.is_empty().then_some(Ok(()));
+                        prop_assert_eq!(outcome.result(), expected);
+                        slot.bound = false;
+                        slot.settle();
+                    } else {
+                        prop_assert_eq!(outcome.result(), Some(Err(Errno::NODEV)));
+                    }
+                }
+                Step::Open(who) => {
+                    let slot = &mut slots[who];
+                    let Some(device) = &slot.device else { continue };
+                    let vfio = device.vfio_device();
+                    prop_assert_eq!(vfio.is_some(), slot.bound);
+                    if let Some(vfio) = vfio {
+                        slot.files.push(vfio.open_cdev(opener()).unwrap());
+                    }
+                }
+                Step::Close(who) => {
+                    let slot = &mut slots[who];
+                    slot.dead.pop();
+                    if slot.files.pop().is_some() {
+                        slot.settle();
+                    }
+                }
+                Step::Force(who) => {
+                    let slot = &mut slots[who];
+                    let Some(device) = &slot.device else { continue };
+                    let waiting = core.model().unregistering_device(device);
+                    prop_assert_eq!(waiting.is_some(), !slot.bound && !slot.files.is_empty());
+                    if let Some(waiting) = waiting {
+                        waiting.disassociate();
+                        slot.dead.append(&mut slot.files);
+                        slot.settle();
+                    }
+                }
+            }
+            let names = |keep: fn(&Slot) -> bool| -> Vec<String> {
+                let there = slots.iter().zip(0..).filter(|(slot, _)| keep(slot));
+                there.map(|(_, n)| uuid(n)).collect()
+            };
+            let named = |devices: Vec<Arc<BusDevice>>| -> Vec<String> {
+                devices.iter().map(|device| device.name().to_owned()).collect()
+            };
+            prop_assert_eq!(named(bus.devices()), names(|s| s.device.is_some() && !s.removing));
+            prop_assert_eq!(named(parent.devices()), names(|s| s.device.is_some()));
+            prop_assert_eq!(core.devices().len(), names(|s| s.bound).len());
+            let waiting = names(|s| s.device.is_some() && !s.bound && !s.files.is_empty());
+            prop_assert_eq!(core.model().unregistering().len(), waiting.len());
+            let in_group = names(|s| s.bound || !s.files.is_empty());
+            prop_assert_eq!(core.iommu_groups().all().len(), in_group.len());
+            let used: u32 = slots.iter().map(|slot| slot.ports).sum();
+            prop_assert_eq!(budget.load(Ordering::SeqCst), PORTS - used);
+        }
+        let outcome = parent.unregister(Policy::Disassociate);
+        prop_assert_eq!(outcome.result(), Some(Ok(())));
+        prop_assert_eq!(budget.load(Ordering::SeqCst), PORTS);
+        prop_assert!(core.devices().is_empty() && bus.devices().is_empty());
+    }
+}
