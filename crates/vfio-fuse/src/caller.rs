@@ -38,7 +38,7 @@ impl FuseCaller<'_> {
 }
 
 /// Who opens a file, as well as it can be told.
-pub(crate) fn opener(tid: u32) -> Opener {
+pub(crate) fn opener(tid: u32, node: Option<FileId>) -> Opener {
     let identity = i32::try_from(tid)
         .ok()
         .and_then(|tid| client_process::Caller::new(tid).ok())
@@ -49,11 +49,13 @@ pub(crate) fn opener(tid: u32) -> Opener {
             pid: id.tgid.as_raw_nonzero().get().unsigned_abs(),
             comm: id.comm.to_string_lossy().into_owned(),
             since,
+            node,
         },
         None => Opener {
             pid: 0,
             comm: String::new(),
             since,
+            node,
         },
     }
 }

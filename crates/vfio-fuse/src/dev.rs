@@ -241,6 +241,12 @@ impl Tree {
                         lookups: 0,
                     });
                     known.lookups += 1;
+                    if let Some(iommu) = self.shared.contexts.node.get() {
+                        let _ = known.through.id.set(FileId {
+                            dev: iommu.dev,
+                            ino: id,
+                        });
+                    }
                     let attr = known.node.attr(id);
                     drop(nodes);
                     fixed(id, attr)

@@ -318,6 +318,9 @@ impl Mounter {
         )
         .ok()
         .and_then(file_id);
+        if let Some(id) = id {
+            let _ = through.id.set(id);
+        }
         Ok(Own {
             mount,
             id,

@@ -38,6 +38,8 @@ pub(crate) struct Node {
 #[derive(Debug)]
 pub(crate) struct Through {
     connection: Option<Connection>,
+    /// The node as it is seen on this connection, once that is mounted.
+    pub(crate) id: OnceLock<FileId>,
     pub(crate) backing: OnceLock<Option<BackingId>>,
     /// Open files on this connection.
     open: Mutex<HashSet<u64>>,
@@ -47,6 +49,7 @@ impl Through {
     pub(crate) fn new(connection: Option<&Connection>) -> Through {
         Through {
             connection: connection.cloned(),
+            id: OnceLock::new(),
             backing: OnceLock::new(),
             open: Mutex::default(),
         }
@@ -106,7 +109,7 @@ impl Node {
             .upgrade()
             .ok_or(Errno::NODEV)
             .and_then(|device| {
-                let file = device.open_cdev(opener(tid))?;
+                let file = device.open_cdev(opener(tid, through.id.get().copied()))?;
                 self.back(through, &device);
                 Ok(file)
             }) {

@@ -138,6 +138,7 @@ fn gone_the_moment_unregister_starts() {
         pid: 1,
         comm: "test".into(),
         since: std::time::SystemTime::now(),
+        node: None,
     };
     let file = device.open_cdev(opener).unwrap();
     drop(device);
@@ -185,6 +186,7 @@ fn a_waiting_write_can_be_interrupted_and_goes_on() {
         pid: 1,
         comm: "test".into(),
         since: std::time::SystemTime::now(),
+        node: None,
     };
     let file = device.open_cdev(opener).unwrap();
     drop(device);

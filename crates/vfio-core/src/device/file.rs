@@ -20,6 +20,9 @@ pub struct Opener {
     pub comm: String,
     /// When.
     pub since: SystemTime,
+    /// The node it was opened at, where that is a file: `/proc/PID/maps` shows a mapping of the
+    /// device under it, or under the file of the device's memory, depending on the kernel.
+    pub node: Option<FileId>,
 }
 
 /// An open file of a device, whatever it came through. A transport makes one per open and calls
@@ -234,6 +237,11 @@ impl Drop for DeviceFile {
 fn outlived(device: &Device, grant: Arc<Grant>, memory: Arc<dma_memory::DeviceMemory>) {
     tracing::debug!("{}: still mapped after close", device.name());
     let weak = device.downgrade();
+    let nodes: Vec<FileId> = device
+        .files()
+        .iter()
+        .filter_map(|file| file.opener.node)
+        .collect();
     let house = Arc::clone(device.head().core.house());
     house.linger(Box::new(move || {
         let _held = &grant;
@@ -246,16 +254,15 @@ fn outlived(device: &Device, grant: Arc<Grant>, memory: Arc<dma_memory::DeviceMe
         // Other open files of the device hold the backing file open too; then only the mappings
         // themselves tell.
         let others = device.files().iter().any(|file| !file.is_released());
-        !others || is_mapped(&memory)
+        !others || is_mapped(&memory, &nodes)
     }));
 }
 
-fn is_mapped(memory: &dma_memory::DeviceMemory) -> bool {
-    let Ok(id) = FileId::of(memory.backing_fd()) else {
-        return false;
-    };
-    let this = rustix::process::getpid();
-    holders(&[id], &[this])
+fn is_mapped(memory: &dma_memory::DeviceMemory, nodes: &[FileId]) -> bool {
+    let mut ids = nodes.to_vec();
+    ids.extend(FileId::of(memory.backing_fd()));
+    // Not ourselves: the device's own view of its memory is a mapping too.
+    holders(&ids, &[rustix::process::getpid()])
         .iter()
         .any(|holder| holder.mapped_bytes > 0)
 }

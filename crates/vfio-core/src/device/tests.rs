@@ -163,6 +163,7 @@ fn opener() -> Opener {
         pid: 1,
         comm: "test".into(),
         since: std::time::SystemTime::now(),
+        node: None,
     }
 }
 
