@@ -56,7 +56,8 @@ impl Workspace {
     /// it elsewhere, so that several clones can share one.
     pub(crate) fn private(&self) -> PathBuf {
         std::env::var_os("VFIOD_PRIVATE_DIR")
-            .map_or_else(|| self.target.join("private"), PathBuf::from)
+            .and_then(|dir| std::path::absolute(dir).ok())
+            .unwrap_or_else(|| self.target.join("private"))
     }
 }
 
