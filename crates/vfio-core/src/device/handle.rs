@@ -192,9 +192,10 @@ impl Unregistering {
         }
         match policy {
             Policy::Disassociate => {
+                rundown.force();
                 device.disassociate();
                 drop(device);
-                rundown.reach_by_force();
+                rundown.reach();
             }
             Policy::Wait => device.head().core.ask(&device, &rundown, None),
             Policy::WaitThenDisassociate(time) => {
@@ -239,8 +240,9 @@ impl Drop for Unregistering {
         if let Some(device) = self.device.take()
             && !self.rundown.is_done()
         {
+            self.rundown.force();
             device.disassociate();
-            self.rundown.reach_by_force();
+            self.rundown.reach();
         }
     }
 }
@@ -276,9 +278,10 @@ impl Pending {
         }
         let device = self.device.upgrade();
         if let Some(device) = device {
+            self.rundown.force();
             device.disassociate();
         }
-        self.rundown.reach_by_force();
+        self.rundown.reach();
     }
 
     /// The device, as long as it is not released.

@@ -164,10 +164,11 @@ impl Housekeeper {
                             device.parent().name(),
                             device.users()
                         );
+                        rundown.force();
                         device.disassociate();
                     }
                     // The reference went with the block: who waits may expect to be the last.
-                    rundown.reach_by_force();
+                    rundown.reach();
                 }
                 let mut again = Vec::new();
                 for mut linger in due {

@@ -156,10 +156,10 @@ impl Rundown {
         self.reached.notify_all();
     }
 
-    /// As [`reach`](Rundown::reach), by cutting users off rather than by their leaving.
-    pub(crate) fn reach_by_force(&self) {
-        lock(&self.state).cut = true;
-        self.reach();
+    /// The users are about to be cut off: if that ends it, it ended by force.
+    pub(crate) fn force(&self) {
+        let mut state = lock(&self.state);
+        state.cut |= !state.reaching;
     }
 
     /// True if the users were cut off.

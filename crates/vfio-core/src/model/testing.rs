@@ -38,6 +38,7 @@ pub(crate) fn opener() -> Opener {
         pid: 812,
         comm: "guest".into(),
         since: std::time::SystemTime::now(),
+        node: None,
     }
 }
 
