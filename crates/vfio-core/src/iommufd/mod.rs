@@ -31,4 +31,9 @@ mod ioas;
 mod reach;
 mod table;
 
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+
 pub use context::Iommufd;

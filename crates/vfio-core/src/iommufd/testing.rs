@@ -1,0 +1,218 @@
+//! A client, its memory and devices to bind, for tests: real copies between this process and
+//! itself, no mocks.
+
+use super::Iommufd;
+use crate::caller::{Caller, Capability};
+use crate::device::{
+    Device, DeviceInfo, DeviceOps, Dma, GroupType, InitCx, IrqInfo, OpenCx, Opener, RegionInfo,
+    RegionPos, Registration, UnregisteredDevice,
+};
+use crate::irq::SetIrqs;
+use crate::model::{BusDevice, IommuGroup};
+use crate::{Core, Errno, Result};
+use client_process::Memory;
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use vfio_uapi::UserMemory;
+use vfio_uapi::device::{InfoFlags, IrqFlags, RegionFlags};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+pub(crate) const PAGE: u64 = 4096;
+
+/// This thread as a client. Its descriptors for contexts are what [`Us::context`] gave out.
+#[derive(Default)]
+pub(crate) struct Us {
+    contexts: Mutex<HashMap<i32, Arc<Iommufd>>>,
+    powerless: AtomicBool,
+}
+
+impl Us {
+    /// A context, and the number it goes by.
+    pub(crate) fn context(&self) -> (i32, Arc<Iommufd>) {
+        let mut contexts = self.contexts.lock().unwrap();
+        let fd = 1000 + i32::try_from(contexts.len()).unwrap();
+        let context = Iommufd::new();
+        contexts.insert(fd, Arc::clone(&context));
+        (fd, context)
+    }
+
+    /// Has no capabilities from now on.
+    pub(crate) fn drop_capabilities(&self) {
+        self.powerless.store(true, Ordering::SeqCst);
+    }
+
+    fn thread(&self) -> client_process::Caller {
+        client_process::Caller::new(rustix::thread::gettid().as_raw_nonzero().get()).unwrap()
+    }
+}
+
+impl UserMemory for Us {
+    fn copy_in(&self, addr: u64, buf: &mut [u8]) -> Result {
+        self.thread().copy_in(addr, buf)
+    }
+    fn copy_out(&self, addr: u64, buf: &[u8]) -> Result {
+        self.thread().copy_out(addr, buf)
+    }
+}
+
+impl Caller for Us {
+    fn pid(&self) -> u32 {
+        std::process::id()
+    }
+    fn comm(&self) -> String {
+        "test".into()
+    }
+    fn capable(&self, _capability: Capability) -> bool {
+        !self.powerless.load(Ordering::SeqCst)
+    }
+    fn get_fd(&self, fd: i32) -> Result<OwnedFd> {
+        self.thread().get_fd(fd)
+    }
+    fn iommufd(&self, fd: i32) -> Result<Arc<Iommufd>> {
+        let contexts = self.contexts.lock().unwrap();
+        contexts.get(&fd).cloned().ok_or(Errno::BADFD)
+    }
+    fn memory(&self) -> Result<Arc<Memory>> {
+        Memory::of(self.thread())
+    }
+}
+
+/// Where a value is, for an ioctl that reads and writes it behind the compiler's back.
+pub(crate) fn address<T: ?Sized>(value: &mut T) -> u64 {
+    (&raw mut *value).cast::<u8>().expose_provenance() as u64
+}
+
+/// An ioctl with a structure as argument.
+pub(crate) fn call<T>(us: &Us, context: &Arc<Iommufd>, cmd: u32, arg: &mut T) -> Result<u32>
+where
+    T: FromBytes + IntoBytes + Immutable,
+{
+    let mut bytes = arg.as_bytes().to_vec();
+    let done = context.ioctl(cmd, address(bytes.as_mut_slice()), us);
+    *arg = T::read_from_bytes(std::hint::black_box(&bytes)).unwrap();
+    done
+}
+
+/// Page-aligned memory of this process.
+pub(crate) struct Pages {
+    bytes: Vec<u8>,
+    first: usize,
+    len: usize,
+}
+
+impl Pages {
+    pub(crate) fn new(number: usize) -> Pages {
+        let page = PAGE as usize;
+        let mut bytes = vec![0; (number + 1) * page];
+        let first = (page - address(bytes.as_mut_slice()) as usize % page) % page;
+        Pages {
+            bytes,
+            first,
+            len: number * page,
+        }
+    }
+
+    pub(crate) fn addr(&mut self) -> u64 {
+        address(self.bytes())
+    }
+
+    pub(crate) fn bytes(&mut self) -> &mut [u8] {
+        std::hint::black_box(&mut self.bytes[self.first..][..self.len])
+    }
+}
+
+/// What a test sees of its device.
+#[derive(Default)]
+pub(crate) struct Seen {
+    /// What `dma_unmap` was told.
+    pub(crate) unmaps: Mutex<Vec<(u64, u64)>>,
+    pub(crate) dma: Mutex<Option<Dma>>,
+    pub(crate) closes: AtomicU32,
+}
+
+pub(crate) struct Plain(Arc<Seen>);
+
+impl DeviceOps for Plain {
+    const NAME: &'static str = "plain";
+    type Args = Arc<Seen>;
+    type Session = ();
+
+    fn init(_cx: &InitCx<'_>, seen: Arc<Seen>) -> Result<Self> {
+        Ok(Plain(seen))
+    }
+    fn open(&self, cx: &OpenCx<'_>) -> Result<()> {
+        *self.0.dma.lock().unwrap() = Some(cx.dma().clone());
+        Ok(())
+    }
+    fn close(&self, (): ()) {
+        self.0.closes.fetch_add(1, Ordering::SeqCst);
+    }
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            flags: InfoFlags::PCI,
+            num_regions: 1,
+            num_irqs: 1,
+        }
+    }
+    fn region(&self, _index: u32) -> Result<RegionInfo> {
+        Ok(RegionInfo {
+            size: 4,
+            flags: RegionFlags::READ,
+            caps: Vec::new(),
+        })
+    }
+    fn irq(&self, _index: u32) -> Result<IrqInfo> {
+        Ok(IrqInfo {
+            flags: IrqFlags::EVENTFD,
+            count: 1,
+        })
+    }
+    fn read(&self, (): &(), _at: RegionPos, buf: &mut [u8]) -> Result<usize> {
+        Ok(buf.len())
+    }
+    fn write(&self, (): &(), _at: RegionPos, data: &[u8]) -> Result<usize> {
+        Ok(data.len())
+    }
+    fn set_irqs(&self, (): &(), _request: SetIrqs<'_>) -> Result<u32> {
+        Err(Errno::NOTTY)
+    }
+    fn dma_unmap(&self, (): &(), iova: u64, len: u64) {
+        self.0.unmaps.lock().unwrap().push((iova, len));
+    }
+}
+
+/// A registered device: emulated without a group, physical in one.
+pub(crate) fn device(
+    core: &Core,
+    name: &str,
+    group: Option<&Arc<IommuGroup>>,
+) -> (Registration, Arc<Seen>) {
+    let seen = Arc::new(Seen::default());
+    let parent = BusDevice::new("/devices/virtual/test", name, None);
+    if let Some(group) = group {
+        parent.join_iommu_group(group).unwrap();
+    }
+    let kind = match group {
+        Some(_) => GroupType::Physical,
+        None => GroupType::Emulated,
+    };
+    let made = UnregisteredDevice::<Plain>::alloc(core, &parent, Arc::clone(&seen)).unwrap();
+    let registration = made.register(kind).map_err(|(_, errno)| errno).unwrap();
+    (registration, seen)
+}
+
+/// An opener's name.
+pub(crate) fn opener() -> Opener {
+    Opener {
+        pid: std::process::id(),
+        comm: "test".into(),
+        since: std::time::SystemTime::now(),
+    }
+}
+
+/// The device of a registration, to bind.
+pub(crate) fn of(registration: &Registration) -> &Device {
+    registration.device()
+}
