@@ -1,6 +1,6 @@
 //! What there is: numbers in use, registered devices, IOMMU groups, those who listen.
 
-use crate::device::{Device, GroupType, Head, Housekeeper, Sets};
+use crate::device::{Device, GroupType, Head, Housekeeper, Policy, Sets};
 use crate::event::{Event, Notice, Subscribers, Subscription, Uevent, What};
 use crate::index::{Index, IndexPool, MINOR_MASK};
 use crate::model::{BusDevice, IommuGroup, IommuGroups, Model};
@@ -20,6 +20,8 @@ pub struct Config {
     pub request_interval: Duration,
     /// First IOMMU group number to use, beyond those that the machine has itself.
     pub first_iommu_group: u32,
+    /// What a write to `unbind` or `remove` in sysfs does about users; the kernel's way is to wait.
+    pub sysfs_policy: Policy,
 }
 
 impl Default for Config {
@@ -29,6 +31,7 @@ impl Default for Config {
             cdev_major: 511,
             request_interval: Duration::from_secs(10),
             first_iommu_group: 0,
+            sysfs_policy: Policy::Wait,
         }
     }
 }

@@ -2,7 +2,6 @@
 
 use super::tree::{attributes, mdev_type, vfio};
 use super::{Dev, Dir, Entry, Node, PAGE_SIZE, Store, StoreWaiting, Sysfs, text};
-use crate::device::Policy;
 use crate::event::Uevent;
 use crate::model::{Driver, Outcome, Subsystem, mdev};
 use crate::{Errno, Result};
@@ -204,7 +203,7 @@ impl Sysfs {
             }
             (Dir::Device(dev), "remove") => {
                 if text::number(data)? != 0 {
-                    return Ok(mdev::remove(core, &dev.0, Policy::Wait));
+                    return Ok(mdev::remove(core, &dev.0, core.config().sysfs_policy));
                 }
             }
             (Dir::Vfio(dev, index), "uevent") => {
@@ -255,7 +254,7 @@ impl Sysfs {
                 if !device.driver().is_some_and(is_this) {
                     return Err(Errno::NODEV);
                 }
-                return Ok(device.unbind(core, Policy::Wait));
+                return Ok(device.unbind(core, core.config().sysfs_policy));
             }
             (Dir::Group(id), "type") => {
                 let word = text::name(data).ok_or(Errno::INVAL)?;

@@ -1,0 +1,486 @@
+//! `vfiod serve`: puts everything together, and takes it apart again.
+
+use crate::calls::Server;
+use crate::config::{Config, Driver, Port, Seconds, Unregister, UnregisterWord};
+use crate::control::Control;
+use crate::devices::Requests;
+use crate::{Serve, log, uevent};
+use anyhow::Context as _;
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use sd_notify::NotifyState;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use uuid::Uuid;
+use vfio_core::Core;
+use vfio_core::device::Policy;
+use vfio_core::event::{Event, Notice, What};
+use vfio_core::model::{BusDevice, Outcome, Waiting, mdev};
+use vfio_drivers::mtty;
+use vfio_drivers::mtty::port::BackendSpec;
+use vfio_fuse::{Mounts, Options, Owner};
+
+/// What to do about EMFILE.
+pub(crate) const FILES_ADVICE: &str = "raise the limit of open files: `ulimit -Hn` in the shell, \
+     LimitNOFILE= in the unit; an open device needs a few, one at rest none";
+
+/// Where everything is.
+#[derive(Debug)]
+struct Places {
+    root: PathBuf,
+    config: PathBuf,
+}
+
+impl Places {
+    fn new(serve: &Serve) -> anyhow::Result<Places> {
+        Ok(match &serve.root {
+            Some(root) => {
+                let root = std::path::absolute(root)?;
+                Places {
+                    config: root.clone(),
+                    root,
+                }
+            }
+            None => Places {
+                root: PathBuf::from("/run/vfiod"),
+                config: PathBuf::from("/"),
+            },
+        })
+    }
+
+    fn sys(&self) -> PathBuf {
+        self.root.join("sys")
+    }
+
+    fn dev(&self) -> PathBuf {
+        self.root.join("dev")
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.root.join("vfiod.sock")
+    }
+}
+
+/// Runs until a signal says otherwise.
+///
+/// # Errors
+/// What keeps it from starting.
+pub(crate) fn serve(serve: &Serve) -> anyhow::Result<()> {
+    log::start(serve.log.as_deref())?;
+    let places = Places::new(serve)?;
+    let config = match &serve.config {
+        Some(file) => Config::read(file)?,
+        None => Config::search(&places.config)?,
+    };
+    if serve.check {
+        print!("{}", toml::to_string(&config)?);
+        return Ok(());
+    }
+    // Before the first thread, so that no thread has them unblocked: a signal that comes while
+    // things are put together is one to stop.
+    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    raise_files();
+    std::fs::create_dir_all(&places.root)
+        .with_context(|| format!("directory {}", places.root.display()))?;
+    let _lock = lock(&places.root)?;
+    clear_stale(&places.sys());
+    clear_stale(&places.dev());
+
+    let core = Core::new(core_config(&config));
+    let log = core.subscribe(log_event);
+    let uevents = match config.uevents.unwrap_or_default() {
+        crate::config::Uevents::Host => Some(uevent::Uevents::start(&core)?),
+        _ => None,
+    };
+    let requests = Requests::watch(&core);
+    let parents = make_parents(&core, &config)?;
+    let options = mount_options(&config, &places)?;
+    let mounts =
+        Mounts::start(&core, &options).map_err(|errno| mount_error(errno, &places.root))?;
+    let mounts = Arc::new(Mutex::new(Some(mounts)));
+    start_mdevs(&config, &parents)?;
+    let server = Arc::new(Server {
+        core: core.clone(),
+        mounts: Arc::clone(&mounts),
+        requests,
+        sys: places.sys(),
+        dev: places.dev(),
+        uevents: config.uevents.unwrap_or_default(),
+        started: Instant::now(),
+    });
+    let group = match &config.nodes.socket_group {
+        Some(group) => Some(id("/etc/group", group)?),
+        None => id("/etc/group", "vfio").ok(),
+    };
+    let control = Control::start(&places.socket(), group, server)?;
+    tracing::info!(
+        "vfiod {} serves {}, {} and {}",
+        env!("CARGO_PKG_VERSION"),
+        places.sys().display(),
+        places.dev().display(),
+        places.socket().display()
+    );
+    notify(&[NotifyState::Ready, NotifyState::Status("serving devices")]);
+
+    let signal = signals.forever().next();
+    let name = if signal == Some(SIGINT) {
+        "SIGINT"
+    } else {
+        "SIGTERM"
+    };
+    tracing::info!("{name}: stopping; another one does not wait for users");
+    notify(&[NotifyState::Stopping]);
+    // Nobody can begin anything new; those who wait are told by their closed connection.
+    drop(control);
+    let patience = config
+        .stop_timeout
+        .map_or(Duration::from_secs(10), |time| time.0);
+    take_apart(&core, &parents, patience, &mut signals);
+    drop(parents);
+    let mounted = mounts.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(mounts) = mounted {
+        mounts.stop();
+    }
+    drop(uevents);
+    drop(log);
+    tracing::info!("stopped");
+    Ok(())
+}
+
+fn core_config(config: &Config) -> vfio_core::Config {
+    let default = vfio_core::Config::default();
+    vfio_core::Config {
+        cdev: config.cdev.unwrap_or(default.cdev),
+        request_interval: config
+            .request_interval
+            .map_or(default.request_interval, |Seconds(time)| {
+                time.max(Duration::from_millis(1))
+            }),
+        first_iommu_group: config
+            .first_iommu_group
+            .unwrap_or_else(|| first_free_group(Path::new("/sys"))),
+        sysfs_policy: match config.sysfs.unregister {
+            None | Some(Unregister::Word(UnregisterWord::Wait)) => Policy::Wait,
+            Some(Unregister::Word(UnregisterWord::Force)) => Policy::Disassociate,
+            Some(Unregister::Seconds(Seconds(time))) => Policy::WaitThenDisassociate(time),
+        },
+        ..default
+    }
+}
+
+/// One past the machine's own groups, so that both fit into one directory.
+fn first_free_group(sys: &Path) -> u32 {
+    std::fs::read_dir(sys.join("kernel/iommu_groups"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+        .max()
+        .map_or(0, |last| last.saturating_add(1))
+}
+
+/// What mediated devices are made of, with what was chosen for single devices.
+fn make_parents(core: &Core, config: &Config) -> anyhow::Result<Vec<Arc<mdev::Parent>>> {
+    let mut declared = config.parents.clone();
+    if declared.is_empty() {
+        declared.insert("mtty".to_owned(), crate::config::Parent::default());
+    }
+    let wiring: Arc<HashMap<String, Vec<Port>>> = Arc::new(
+        config
+            .mdevs
+            .iter()
+            .map(|(uuid, mdev)| (uuid.to_string(), mdev.ports.clone()))
+            .collect(),
+    );
+    let mut parents = Vec::new();
+    for (name, parent) in &declared {
+        let driver = match (parent.driver, name.as_str()) {
+            (Some(driver), _) => driver,
+            (None, "mtty") => Driver::Mtty,
+            (None, "mdpy") => Driver::Mdpy,
+            (None, _) => anyhow::bail!("parents.{name}: say which driver, mtty or mdpy"),
+        };
+        let parent = match driver {
+            Driver::Mtty => {
+                let device = BusDevice::virtual_class("mtty", name);
+                device
+                    .add(core)
+                    .with_context(|| format!("parents.{name}"))?;
+                let driver = mtty::Driver::new().with_wiring(wire(parent.ports.clone(), &wiring));
+                mdev::Parent::register::<mtty::Driver>(core, &device, driver)
+            }
+            Driver::Mdpy => anyhow::bail!("parents.{name}: this build has no mdpy"),
+        };
+        parents.push(parent.with_context(|| format!("parents.{name}"))?);
+    }
+    Ok(parents)
+}
+
+/// Where the ports of a card lead: what was said of the card, else of the parent, else back.
+fn wire(
+    default: Option<Port>,
+    cards: &Arc<HashMap<String, Vec<Port>>>,
+) -> impl Fn(&str, usize) -> BackendSpec + Send + Sync + 'static {
+    let cards = Arc::clone(cards);
+    move |uuid, port| {
+        let own = cards.get(uuid).and_then(|ports| ports.get(port));
+        let Some(chosen) = own.or(default.as_ref()) else {
+            return BackendSpec::Loopback;
+        };
+        chosen.backend(uuid, port).unwrap_or_else(|error| {
+            tracing::warn!("mtty {uuid}: port {port} loops back: {error}");
+            BackendSpec::Loopback
+        })
+    }
+}
+
+fn start_mdevs(config: &Config, parents: &[Arc<mdev::Parent>]) -> anyhow::Result<()> {
+    for (uuid, wanted) in &config.mdevs {
+        let fitting = parents
+            .iter()
+            .filter(|parent| {
+                wanted
+                    .parent
+                    .as_deref()
+                    .is_none_or(|name| parent.device().name() == name)
+            })
+            .find_map(|parent| Some((parent, parent.type_named(&wanted.mdev_type)?)));
+        let Some((parent, ty)) = fitting else {
+            anyhow::bail!(
+                "mdevs.{uuid}: {} has the type {:?}",
+                wanted.parent.as_deref().unwrap_or("no parent"),
+                wanted.mdev_type
+            );
+        };
+        start_mdev(parent, ty, *uuid).with_context(|| format!("mdevs.{uuid}"))?;
+    }
+    Ok(())
+}
+
+fn start_mdev(parent: &Arc<mdev::Parent>, ty: usize, uuid: Uuid) -> Result<(), Errno> {
+    parent.create(ty, uuid).map(drop)
+}
+
+fn mount_options(config: &Config, places: &Places) -> anyhow::Result<Options> {
+    let owner = |config: &Option<String>, file: &str| match config {
+        Some(name) => id(file, name),
+        None => Ok(0),
+    };
+    let uid = owner(&config.nodes.owner, "/etc/passwd")?;
+    let gid = owner(&config.nodes.group, "/etc/group")?;
+    let default = Options::under(&places.root);
+    Ok(Options {
+        dev: places.dev(),
+        sys: places.sys(),
+        device: Owner {
+            uid,
+            gid,
+            mode: config.nodes.mode.map_or(default.device.mode, |mode| mode.0),
+        },
+        iommu: Owner {
+            uid,
+            gid,
+            mode: config
+                .nodes
+                .iommu_mode
+                .map_or(default.iommu.mode, |mode| mode.0),
+        },
+        ..default
+    })
+}
+
+/// A user's or group's number from its name or itself.
+fn id(file: &str, name: &str) -> anyhow::Result<u32> {
+    if let Ok(number) = name.parse() {
+        return Ok(number);
+    }
+    let text = std::fs::read_to_string(file).with_context(|| file.to_owned())?;
+    text.lines()
+        .filter_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+        .find_map(|rest| rest.split(':').nth(1)?.parse().ok())
+        .with_context(|| format!("{name} is not in {file}"))
+}
+
+fn mount_error(errno: Errno, root: &Path) -> anyhow::Error {
+    let why = match errno {
+        Errno::NOENT | Errno::NXIO | Errno::NODEV => {
+            "there is no /dev/fuse; load the module (modprobe fuse), or give the container the device"
+        }
+        Errno::PERM | Errno::ACCESS => {
+            "mounting needs CAP_SYS_ADMIN: be root, or in a user namespace of your own \
+             (unshare -Urm)"
+        }
+        Errno::MFILE => FILES_ADVICE,
+        _ => "the kernel refused the mount",
+    };
+    anyhow::anyhow!("cannot mount below {}: {errno}: {why}", root.display())
+}
+
+/// The soft limit of open files goes to the hard one.
+fn raise_files() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        let raised = Rlimit {
+            current: limit.maximum,
+            ..limit
+        };
+        if let Err(errno) = setrlimit(Resource::Nofile, raised) {
+            tracing::warn!(
+                "the limit of open files stays at {:?}: {errno}",
+                limit.current
+            );
+        }
+    }
+}
+
+/// One daemon for one root.
+fn lock(root: &Path) -> anyhow::Result<OwnedFd> {
+    let dir = rustix::fs::open(root, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive).map_err(
+        |errno| match errno {
+            Errno::WOULDBLOCK => anyhow::anyhow!(
+                "another vfiod serves {}; stop it, or use another directory (--root)",
+                root.display()
+            ),
+            other => anyhow::anyhow!("{}: {other}", root.display()),
+        },
+    )?;
+    Ok(dir)
+}
+
+/// Takes away what a daemon that was killed has left: a mount whose server is gone.
+fn clear_stale(place: &Path) {
+    for _ in 0..16 {
+        match rustix::fs::stat(place) {
+            Err(Errno::NOTCONN | Errno::CONNABORTED) => {
+                tracing::warn!("{}: taking away a mount without a server", place.display());
+                if rustix::mount::unmount(place, UnmountFlags::DETACH).is_err() {
+                    return;
+                }
+            }
+            _ => return,
+        }
+    }
+}
+
+/// Unregisters everything: asks the users, waits, cuts them off; a second signal waits no longer.
+fn take_apart(
+    core: &Core,
+    parents: &[Arc<mdev::Parent>],
+    patience: Duration,
+    signals: &mut Signals,
+) {
+    let begun = Instant::now();
+    let mut waits: Vec<Waiting> = Vec::new();
+    for parent in parents {
+        match parent.unregister(Policy::WaitThenDisassociate(patience)) {
+            Outcome::Waiting(waiting) => waits.push(waiting),
+            Outcome::Done(Ok(())) => {}
+            Outcome::Done(Err(errno)) => {
+                tracing::warn!("mdev {}: unregister: {errno}", parent.device().name());
+            }
+        }
+    }
+    for waiting in core.model().unregistering() {
+        tracing::info!("{}: {}", waiting.device().name(), waiting.describe());
+        if !waits
+            .iter()
+            .any(|other| Arc::ptr_eq(other.device(), waiting.device()))
+        {
+            waits.push(waiting);
+        }
+    }
+    let mut forced = false;
+    for waiting in &waits {
+        while waiting.wait_for(Duration::from_millis(50)).is_none() {
+            let late = begun.elapsed() >= patience;
+            if !forced && (signals.pending().next().is_some() || late) {
+                forced = true;
+                tracing::warn!(
+                    "{}: cutting off those who still have a device open",
+                    if late {
+                        "the time is up"
+                    } else {
+                        "another signal"
+                    }
+                );
+                for waiting in &waits {
+                    waiting.disassociate();
+                }
+            }
+        }
+    }
+    for parent in parents {
+        let _ = parent.device().remove(core, Policy::Disassociate);
+    }
+    if !waits.is_empty() {
+        tracing::info!("waited {:.1} s for users", begun.elapsed().as_secs_f64());
+    }
+}
+
+/// The life of each device, in the log.
+fn log_event(notice: &Notice) {
+    let Notice::Event(event) = notice else {
+        return;
+    };
+    let Event {
+        device,
+        parent,
+        what,
+        ..
+    } = event;
+    let device = format!("vfio-dev {device}");
+    match what {
+        What::Registered => tracing::info!(device, "registered for {parent}"),
+        What::Unregistering { users: 0 } => tracing::debug!(device, "unregistering"),
+        What::Unregistering { users } => {
+            tracing::info!(device, "unregistering, {users} open");
+        }
+        What::Requested { count } => {
+            tracing::info!(device, "users asked to let go of {parent} ({count})");
+        }
+        What::Disassociated => tracing::warn!(device, "its users are cut off"),
+        What::Released => tracing::info!(device, "released"),
+        What::Panicked => tracing::error!(device, "a driver callback panicked"),
+        other => tracing::debug!(device, "{other:?}"),
+    }
+}
+
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!("service manager: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_begin_after_the_machines_own() {
+        let sys = tempfile::tempdir().unwrap();
+        assert_eq!(first_free_group(sys.path()), 0);
+        for group in ["0", "9", "10"] {
+            std::fs::create_dir_all(sys.path().join("kernel/iommu_groups").join(group)).unwrap();
+        }
+        assert_eq!(first_free_group(sys.path()), 11);
+    }
+
+    #[test]
+    fn names_and_numbers_of_users() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("group");
+        std::fs::write(&file, "vfiox:x:1:\nvfio:x:77:a,b\n").unwrap();
+        let file = file.to_str().unwrap();
+        assert_eq!(id(file, "vfio").unwrap(), 77);
+        assert_eq!(id(file, "5").unwrap(), 5);
+        assert!(id(file, "vf").is_err());
+    }
+}

@@ -1,0 +1,408 @@
+//! The core's devices in the words of the control socket.
+
+use client_process::{Pid, holders};
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+use vfio_core::Core;
+use vfio_core::device::{Device, Life};
+use vfio_core::event::{Event, Notice, Subscription, What};
+use vfio_core::model::{BusDevice, IommuGroup, Subsystem, Waiting, mdev};
+use vfio_fuse::Mounts;
+use vfiod_control::Spec;
+use vfiod_control::view::{
+    self, Group, Holder, Irq, MdevType, Member, Parent, Pending, Region, Show, State, Tree, Via,
+};
+
+/// How often the users of a device were asked to leave, by the device's index.
+#[derive(Debug)]
+pub(crate) struct Requests {
+    counts: Arc<Mutex<HashMap<u32, u32>>>,
+    _subscription: Subscription,
+}
+
+impl Requests {
+    pub(crate) fn watch(core: &Core) -> Requests {
+        let counts: Arc<Mutex<HashMap<u32, u32>>> = Arc::default();
+        let seen = Arc::clone(&counts);
+        let subscription = core.subscribe(move |notice| {
+            let Notice::Event(event) = notice else {
+                return;
+            };
+            let mut counts = seen.lock().unwrap_or_else(PoisonError::into_inner);
+            match event.what {
+                What::Requested { count } => {
+                    counts.insert(event.index, count.saturating_add(1));
+                }
+                What::Released => {
+                    counts.remove(&event.index);
+                }
+                _ => {}
+            }
+        });
+        Requests {
+            counts,
+            _subscription: subscription,
+        }
+    }
+
+    fn of(&self, device: &Device) -> u32 {
+        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.get(&device.index()).copied().unwrap_or(0)
+    }
+}
+
+/// Everything that a question about devices needs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Look<'a> {
+    pub(crate) core: &'a Core,
+    pub(crate) mounts: Option<&'a Mounts>,
+    pub(crate) requests: &'a Requests,
+    pub(crate) sys: &'a Path,
+    pub(crate) dev: &'a Path,
+}
+
+/// A device that was found by its name.
+#[derive(Clone, Debug)]
+pub(crate) struct Found {
+    pub(crate) bus_device: Arc<BusDevice>,
+    pub(crate) vfio: Option<Device>,
+    pub(crate) waiting: Option<Waiting>,
+    pub(crate) view: view::Device,
+}
+
+impl Look<'_> {
+    /// Every device that has a VFIO device, waits to lose it, or is mediated.
+    pub(crate) fn all(&self) -> Vec<Found> {
+        let mut found: Vec<Found> = Vec::new();
+        let mut add =
+            |bus_device: &Arc<BusDevice>, vfio: Option<Device>, waiting: Option<Waiting>| {
+                if !found
+                    .iter()
+                    .any(|other| Arc::ptr_eq(&other.bus_device, bus_device))
+                {
+                    found.push(self.found(bus_device, vfio, waiting));
+                }
+            };
+        // Those that wait come first: they are in no other list, or there without their names.
+        for waiting in self.core.model().unregistering() {
+            for device in waiting.vfio_devices() {
+                let parent = Arc::clone(device.parent());
+                add(&parent, Some(device), Some(waiting.clone()));
+            }
+        }
+        let mut all: Vec<Found> = {
+            for bus in self.core.model().buses() {
+                for device in bus.devices() {
+                    let vfio = device.vfio_device();
+                    if vfio.is_some() || device.mdev().is_some() {
+                        add(&device, vfio, None);
+                    }
+                }
+            }
+            for device in self.core.devices() {
+                let parent = Arc::clone(device.parent());
+                add(&parent, Some(device), None);
+            }
+            found
+        };
+        all.sort_by_cached_key(|found| {
+            let index = found.vfio.as_ref().map_or(u32::MAX, Device::index);
+            (index, found.view.address.clone())
+        });
+        all
+    }
+
+    /// The devices of this name; more than one only for a group's.
+    pub(crate) fn named(&self, name: &str) -> Vec<Found> {
+        let spec = Spec::parse(name, self.sys, self.dev);
+        // The usual name costs no look at ten thousand others.
+        if let Spec::Name(name) = &spec
+            && let Some(device) = self.core.device_by_name(name)
+        {
+            let parent = Arc::clone(device.parent());
+            return vec![self.found(&parent, Some(device), None)];
+        }
+        let mut all = self.all();
+        all.retain(|found| spec.matches(&found.view));
+        all
+    }
+
+    fn found(
+        &self,
+        bus_device: &Arc<BusDevice>,
+        vfio: Option<Device>,
+        waiting: Option<Waiting>,
+    ) -> Found {
+        let vfio = vfio.or_else(|| bus_device.vfio_device());
+        let group = bus_device.iommu_group();
+        let registered = vfio
+            .as_ref()
+            .is_some_and(|device| device.life() == Life::Registered);
+        let cdev = vfio
+            .as_ref()
+            .filter(|_| registered && self.core.config().cdev);
+        let view = view::Device {
+            name: vfio.as_ref().map(Device::name),
+            address: bus_device.name().to_owned(),
+            bus: match bus_device.subsystem() {
+                Some(Subsystem::Bus(bus)) => Some((*bus).to_owned()),
+                _ => None,
+            },
+            path: bus_device.devpath(),
+            driver: bus_device.driver().map(|driver| driver.name().to_owned()),
+            mdev_type: bus_device.mdev().map(|mdev| mdev.type_name().to_owned()),
+            iommu_group: group.as_deref().map(IommuGroup::id),
+            cdev: cdev
+                .map(|device| format!("{}:{}", self.core.config().cdev_major, device.index())),
+            node: cdev.filter(|_| self.mounts.is_some()).map(|device| {
+                let node = self.dev.join("vfio/devices").join(device.name());
+                node.to_string_lossy().into_owned()
+            }),
+            state: vfio
+                .as_ref()
+                .map_or(State::Unbound, |device| match device.life() {
+                    Life::Allocated => State::Unbound,
+                    Life::Registered => State::Registered,
+                    Life::Unregistering | Life::Unregistered => State::Unregistering,
+                    Life::Dead => State::Dead,
+                }),
+            users: vfio.as_ref().map(Device::users),
+            open: vfio.as_ref().map(Device::is_open),
+            holders: vfio.as_ref().map(openers),
+            pending: waiting
+                .as_ref()
+                .zip(vfio.as_ref())
+                .map(|(waiting, device)| self.pending_of(waiting, device)),
+        };
+        Found {
+            bus_device: Arc::clone(bus_device),
+            vfio,
+            waiting,
+            view,
+        }
+    }
+
+    /// One unregister that waits.
+    pub(crate) fn pending_of(&self, waiting: &Waiting, device: &Device) -> Pending {
+        Pending {
+            device: device.name(),
+            address: device.parent().name().to_owned(),
+            for_ms: u64::try_from(waiting.since().elapsed().as_millis()).unwrap_or(u64::MAX),
+            users: device.users(),
+            requests: self.requests.of(device),
+            deadline_ms: None,
+            holders: openers(device),
+        }
+    }
+
+    /// All unregisters that wait.
+    pub(crate) fn pending(&self) -> Vec<Pending> {
+        let mut all = Vec::new();
+        for waiting in self.core.model().unregistering() {
+            for device in waiting.vfio_devices() {
+                all.push(self.pending_of(&waiting, &device));
+            }
+        }
+        all
+    }
+
+    /// Who holds it now: a look through /proc, completed by what is known of the opens.
+    pub(crate) fn who(&self, device: &Device) -> Vec<Holder> {
+        let opened = openers(device);
+        let Some(mounts) = self.mounts else {
+            return opened;
+        };
+        let except: Vec<Pid> = Pid::from_raw(i32::try_from(std::process::id()).unwrap_or(0))
+            .into_iter()
+            .collect();
+        let files = mounts.dev().file_ids(device);
+        let mut list: Vec<Holder> = holders(&files, &except)
+            .into_iter()
+            .map(|holder| {
+                let pid = holder.pid.as_raw_nonzero().get().unsigned_abs();
+                let opened = opened.iter().find(|opener| opener.pid == pid);
+                Holder {
+                    pid,
+                    command: holder.comm.to_string_lossy().into_owned(),
+                    since_us: opened
+                        .and_then(|opener| opener.since_us)
+                        .or_else(|| micros(holder.since)),
+                    since_open: opened.is_some(),
+                    fds: holder.fds,
+                    mapped_bytes: holder.mapped_bytes,
+                    via: Via::Device,
+                }
+            })
+            .collect();
+        // An open file that nobody was found to hold is in flight in a socket, or with a process
+        // that we may not look into: its opener is the best that can be told.
+        if list.is_empty() && device.users() > 0 {
+            list.extend(opened.into_iter().map(|opener| Holder {
+                via: Via::Opener,
+                ..opener
+            }));
+        }
+        list
+    }
+
+    /// All about a device.
+    pub(crate) fn show(&self, found: &Found) -> Show {
+        let mut device = found.view.clone();
+        let mut show = Show::default();
+        if let Some(vfio) = &found.vfio {
+            device.holders = Some(self.who(vfio));
+            if let Ok(info) = vfio.info() {
+                show.regions = (0..info.num_regions)
+                    .filter_map(|index| Some((index, vfio.region(index).ok()?)))
+                    .map(|(index, region)| Region {
+                        index,
+                        size: region.size,
+                        flags: region.flags.bits(),
+                    })
+                    .filter(|region| region.size > 0)
+                    .collect();
+                show.irqs = (0..info.num_irqs)
+                    .filter_map(|index| Some((index, vfio.irq(index).ok()?)))
+                    .map(|(index, irq)| Irq {
+                        index,
+                        count: irq.count,
+                        flags: irq.flags.bits(),
+                    })
+                    .filter(|irq| irq.count > 0)
+                    .collect();
+            }
+            show.attributes = vfio
+                .attributes()
+                .iter()
+                .filter_map(|(group, name)| {
+                    Some((format!("{group}/{name}"), vfio.show(group, name).ok()?))
+                })
+                .collect();
+        }
+        show.group = found.bus_device.iommu_group().as_deref().map(group);
+        show.device = device;
+        show
+    }
+
+    /// What mediated devices can be made of.
+    pub(crate) fn parents(&self) -> Vec<Parent> {
+        let class = self.core.model().class("mdev_bus").unwrap_or_default();
+        class
+            .iter()
+            .filter_map(|device| Some((device, device.mdev_parent()?)))
+            .map(|(device, parent)| Parent {
+                name: device.name().to_owned(),
+                path: device.devpath(),
+                types: types(&parent),
+            })
+            .collect()
+    }
+
+    /// All of it.
+    pub(crate) fn tree(&self) -> Tree {
+        let devices = self.all();
+        let mut groups: Vec<Arc<IommuGroup>> = devices
+            .iter()
+            .filter_map(|found| found.bus_device.iommu_group())
+            .collect();
+        groups.sort_by_key(|group| group.id());
+        groups.dedup_by_key(|group| group.id());
+        Tree {
+            parents: self.parents(),
+            devices: devices.into_iter().map(|found| found.view).collect(),
+            groups: groups.iter().map(|one| group(one)).collect(),
+        }
+    }
+}
+
+fn types(parent: &Arc<mdev::Parent>) -> Vec<MdevType> {
+    let devices = parent.devices();
+    let ids = parent.type_names().map(str::to_owned);
+    ids.enumerate()
+        .map(|(ty, id)| MdevType {
+            name: parent.pretty_name(ty).map(str::to_owned),
+            device_api: parent.device_api().to_owned(),
+            available: parent.available_instances(ty).unwrap_or(0),
+            description: parent.description(ty),
+            devices: devices
+                .iter()
+                .filter(|device| device.mdev().is_some_and(|mdev| mdev.type_index() == ty))
+                .map(|device| device.name().to_owned())
+                .collect(),
+            id,
+        })
+        .collect()
+}
+
+fn group(group: &IommuGroup) -> Group {
+    Group {
+        id: group.id(),
+        name: group.name().map(str::to_owned),
+        domain: None,
+        members: group
+            .devices()
+            .iter()
+            .map(|device| Member {
+                address: device.name().to_owned(),
+                driver: device.driver().map(|driver| driver.name().to_owned()),
+                blocks: false,
+            })
+            .collect(),
+    }
+}
+
+/// Who opened it, one entry a process.
+fn openers(device: &Device) -> Vec<Holder> {
+    let mut list: Vec<Holder> = Vec::new();
+    for file in device.files() {
+        let opener = file.opener();
+        if list.iter().any(|other| other.pid == opener.pid) {
+            continue;
+        }
+        let alive = Path::new(&format!("/proc/{}", opener.pid)).exists();
+        list.push(Holder {
+            pid: opener.pid,
+            command: opener.comm.clone(),
+            since_us: micros(opener.since),
+            since_open: true,
+            fds: Vec::new(),
+            mapped_bytes: 0,
+            via: if alive { Via::Device } else { Via::Opener },
+        });
+    }
+    list
+}
+
+/// An event in the words of the control socket.
+pub(crate) fn event(event: &Event) -> vfiod_control::Event {
+    let (what, count) = match event.what {
+        What::Allocated => ("allocated", None),
+        What::Registered => ("registered", None),
+        What::Opened => ("opened", None),
+        What::Bound => ("bound", None),
+        What::Unbound => ("unbound", None),
+        What::Closed => ("closed", None),
+        What::Unregistering { users } => ("unregistering", Some(users)),
+        What::Requested { count } => ("requested", Some(count)),
+        What::Disassociated => ("disassociated", None),
+        What::Unregistered => ("unregistered", None),
+        What::Released => ("released", None),
+        What::Panicked => ("panicked", None),
+        _ => ("other", None),
+    };
+    let at = SystemTime::now().checked_sub(event.at.elapsed());
+    vfiod_control::Event {
+        at_us: at.and_then(micros).unwrap_or(0),
+        device: event.device.clone(),
+        address: event.parent.clone(),
+        what: what.to_owned(),
+        count,
+    }
+}
+
+fn micros(time: SystemTime) -> Option<u64> {
+    let since = time.duration_since(UNIX_EPOCH).ok()?;
+    u64::try_from(since.as_micros()).ok()
+}
