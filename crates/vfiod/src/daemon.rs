@@ -23,6 +23,7 @@ use vfio_core::Core;
 use vfio_core::device::Policy;
 use vfio_core::event::{Event, Notice, What};
 use vfio_core::model::{BusDevice, Outcome, Waiting, mdev};
+use vfio_drivers::mdpy;
 use vfio_drivers::mtty;
 use vfio_drivers::mtty::port::BackendSpec;
 use vfio_fuse::{Mounts, Options, Owner};
@@ -190,7 +191,9 @@ fn first_free_group(sys: &Path) -> u32 {
 fn make_parents(core: &Core, config: &Config) -> anyhow::Result<Vec<Arc<mdev::Parent>>> {
     let mut declared = config.parents.clone();
     if declared.is_empty() {
-        declared.insert("mtty".to_owned(), crate::config::Parent::default());
+        for name in ["mtty", "mdpy"] {
+            declared.insert(name.to_owned(), crate::config::Parent::default());
+        }
     }
     let wiring: Arc<HashMap<String, Vec<Port>>> = Arc::new(
         config
@@ -216,7 +219,16 @@ fn make_parents(core: &Core, config: &Config) -> anyhow::Result<Vec<Arc<mdev::Pa
                 let driver = mtty::Driver::new().with_wiring(wire(parent.ports.clone(), &wiring));
                 mdev::Parent::register::<mtty::Driver>(core, &device, driver)
             }
-            Driver::Mdpy => anyhow::bail!("parents.{name}: this build has no mdpy"),
+            Driver::Mdpy => {
+                let device = BusDevice::virtual_class("mdpy", name);
+                device
+                    .add(core)
+                    .with_context(|| format!("parents.{name}"))?;
+                let driver = parent
+                    .count
+                    .map_or_else(mdpy::Driver::default, mdpy::Driver::new);
+                mdev::Parent::register::<mdpy::Driver>(core, &device, driver)
+            }
         };
         parents.push(parent.with_context(|| format!("parents.{name}"))?);
     }
