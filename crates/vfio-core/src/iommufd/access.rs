@@ -27,7 +27,8 @@ pub(super) struct Route {
 }
 
 /// A route with an access on it.
-struct Travel(Arc<Route>);
+#[derive(Debug)]
+pub(super) struct Travel(Arc<Route>);
 
 impl Drop for Travel {
     fn drop(&mut self) {
@@ -65,7 +66,8 @@ impl Port {
         old
     }
 
-    fn travel(&self) -> Result<Travel> {
+    /// The way an access takes: while it is held, whoever detaches waits.
+    pub(super) fn travel(&self) -> Result<Travel> {
         loop {
             let route = self.route.read().unwrap_or_else(PoisonError::into_inner);
             let route = Arc::clone(route.as_ref().ok_or(Errno::NOENT)?);

@@ -11,8 +11,8 @@ use vfio_uapi::iommufd::MapFlags;
 /// memory cgroup instead, which a daemon that works for many clients cannot.
 pub(super) const MAX_AREAS: usize = 1 << 18;
 
-/// The areas of one context, counted.
-#[derive(Debug, Default)]
+/// The areas that one context may still have.
+#[derive(Debug)]
 pub(super) struct Quota(AtomicUsize);
 
 /// One area's place in the quota.
@@ -20,20 +20,25 @@ pub(super) struct Quota(AtomicUsize);
 pub(super) struct Ticket(Arc<Quota>);
 
 impl Quota {
+    pub(super) fn new(areas: usize) -> Arc<Quota> {
+        Arc::new(Quota(AtomicUsize::new(areas)))
+    }
+
     /// Room for so many more. `ENOMEM` if there is not.
     pub(super) fn take(quota: &Arc<Quota>, number: usize) -> Result<Vec<Ticket>> {
-        let before = quota.0.fetch_add(number, Ordering::Relaxed);
-        if before.saturating_add(number) > MAX_AREAS {
-            quota.0.fetch_sub(number, Ordering::Relaxed);
-            return Err(Errno::NOMEM);
-        }
+        quota
+            .0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                left.checked_sub(number)
+            })
+            .map_err(|_| Errno::NOMEM)?;
         Ok((0..number).map(|_| Ticket(Arc::clone(quota))).collect())
     }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        self.0.0.fetch_sub(1, Ordering::Relaxed);
+        self.0.0.fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -1,7 +1,7 @@
 //! The context, and what binds a device to it.
 
 use super::access::Port;
-use super::area::Quota;
+use super::area::{MAX_AREAS, Quota};
 use super::ioas::{Ioas, tell};
 use super::table::{Bound, Kind, Leftovers, Object, Table};
 use crate::device::{Binding, Device, DmaSpace, GroupType, WeakDevice};
@@ -32,10 +32,14 @@ static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 impl Iommufd {
     /// A fresh context, for an open of the node.
     pub fn new() -> Arc<Iommufd> {
+        Iommufd::with_areas(MAX_AREAS)
+    }
+
+    pub(super) fn with_areas(areas: usize) -> Arc<Iommufd> {
         Arc::new(Iommufd {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             table: Mutex::new(Table::new()),
-            quota: Arc::default(),
+            quota: Quota::new(areas),
             files: Arc::default(),
         })
     }

@@ -471,7 +471,8 @@ impl Inner {
         if alignment > self.alignment {
             let mask = alignment - 1;
             let crooked = |(range, area): (&Range, &Arc<Area>)| {
-                (range.start() | length(*range) | reach::address(area.source()) % page) & mask != 0
+                let in_page = reach::address(area.source()) % page;
+                (range.start() | length(*range) | in_page) & mask != 0
             };
             if self.areas.iter().any(crooked) {
                 return Err(Errno::ADDRINUSE);

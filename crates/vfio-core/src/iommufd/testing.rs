@@ -209,6 +209,7 @@ pub(crate) fn opener() -> Opener {
         pid: std::process::id(),
         comm: "test".into(),
         since: std::time::SystemTime::now(),
+        node: None,
     }
 }
 

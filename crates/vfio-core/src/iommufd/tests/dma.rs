@@ -1,6 +1,8 @@
 //! What a device's access finds.
 
 use super::*;
+use crate::iommufd::testing::{device, of};
+use crate::{Config, Core};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -238,18 +240,42 @@ fn unmap_waits_for_accesses_in_progress() {
     });
 }
 
-/// Detaching waits too, within bounds, and nothing new starts.
+/// Detaching and closing wait too, but not for ever, and nothing new starts.
 #[test]
 fn detach_while_an_access_hangs() {
+    let core = Core::new(Config::default());
     let c = Client::new();
+    let (registered, _) = device(&core, "soft", None);
     let (a, b) = (c.ioas(), c.ioas());
-    let port = c.port(a);
-    let object = c.ctx.ioas(a).unwrap();
     c.map(a, FIXED | R, PAGE, PAGE, 0).unwrap();
-    let _held = object.hold(0, 1, R).unwrap();
-    let old = port.switch(Some(&c.ctx.ioas(b).unwrap())).unwrap();
-    assert!(old.drain(), "held by nobody");
-    assert_eq!(byte(&port, 0), Err(Errno::NOENT), "in the new one");
-    port.switch(None);
-    assert_eq!(byte(&port, 0), Err(Errno::NOENT));
+    let binding = c.ctx.bind(of(&registered)).unwrap();
+    let port = Arc::clone(&c.ctx.table().bound(binding.devid()).unwrap().port);
+    let began = Instant::now();
+    binding.attach(a).unwrap();
+    let in_a = port.travel().unwrap();
+    binding.attach(b).unwrap();
+    assert_eq!(byte(&*port, 0), Err(Errno::NOENT), "in the new one");
+    let in_b = port.travel().unwrap();
+    binding.detach();
+    assert_eq!(port.travel().unwrap_err(), Errno::NOENT);
+    binding.attach(a).unwrap();
+    let again_in_a = port.travel().unwrap();
+    drop(binding);
+    assert!(began.elapsed() < SOON);
+    c.destroy(a).unwrap();
+    c.ctx.close();
+    drop((in_a, in_b, again_in_a));
+    // When the access ends in time, the detach has waited for it.
+    let binding = c.ctx.bind(of(&registered)).unwrap();
+    let ioas = c.ioas();
+    let port = Arc::clone(&c.ctx.table().bound(binding.devid()).unwrap().port);
+    binding.attach(ioas).unwrap();
+    let travel = port.travel().unwrap();
+    let old = port.switch(None).unwrap();
+    assert!(!old.drain());
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| while !old.drain() {});
+        drop(travel);
+        waiter.join().unwrap();
+    });
 }
