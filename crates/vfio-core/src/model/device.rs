@@ -1,6 +1,6 @@
 //! Devices (`drivers/base/core.c`, `drivers/base/dd.c`).
 
-use super::bus::Driver;
+use super::bus::{Driver, Probe};
 use super::{IommuGroup, Outcome, Waiting, lock, mdev, read, write};
 use crate::device::{Device, Policy, Registration};
 use crate::event::Uevent;
@@ -55,7 +55,7 @@ pub(crate) enum Role {
     /// A mediated device.
     Mdev(Arc<mdev::Instance>),
     /// A device that brought its own driver along.
-    Own(Arc<Driver>),
+    Own(Arc<dyn Probe>),
 }
 
 #[derive(Default)]
@@ -196,6 +196,10 @@ impl BusDevice {
         *slot = Some(Arc::clone(group));
         drop(slot);
         let mut devices = group.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        if devices.is_empty() {
+            // Most groups stay at one.
+            devices.reserve_exact(1);
+        }
         devices.push(Arc::downgrade(self));
         Ok(())
     }
@@ -281,7 +285,7 @@ impl BusDevice {
         }
     }
 
-    pub(crate) fn own_driver(&self) -> Option<Arc<Driver>> {
+    pub(crate) fn own_driver(&self) -> Option<Arc<dyn Probe>> {
         match &*read(&self.role) {
             Role::Own(driver) => Some(Arc::clone(driver)),
             _ => None,

@@ -62,13 +62,12 @@ impl Device {
         if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0', '\n']) {
             return Err(Errno::INVAL);
         }
-        let own = Driver::new(BUS, driver.name(), Arc::new(Vfio(driver)));
         let device = BusDevice::make(
             "",
             name,
             Some(Subsystem::Bus(BUS)),
             Some(Arc::clone(&core.model().faux)),
-            Role::Own(own),
+            Role::Own(Arc::new(Vfio(driver))),
         );
         if let Some(group) = group {
             device.join_iommu_group(group)?;

@@ -6,7 +6,6 @@ use super::device::Subsystem;
 use super::{Bus, BusDevice, BusOptions, Driver as BusDriver, Outcome, Role, Waiting, lock};
 use crate::device::{DeviceOps, GroupType, Policy, Registration, ReleaseSlot};
 use crate::{Core, Errno, Result};
-use std::collections::HashSet;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -119,7 +118,12 @@ impl<D: Driver> AnyDriver for Erased<D> {
 impl<D: Driver> Probe for Erased<D> {
     fn probe(&self, core: &Core, device: &Arc<BusDevice>) -> Result<Registration> {
         let instance = device.mdev().ok_or(Errno::NODEV)?;
-        AnyDriver::probe(self, core, device, &instance.parent.types[instance.ty].ty)
+        AnyDriver::probe(
+            self,
+            core,
+            device,
+            &instance.parent.types[instance.type_index()].ty,
+        )
     }
 }
 
@@ -150,8 +154,8 @@ pub struct Parent {
     bus_driver: Arc<BusDriver>,
     device_api: &'static str,
     types: Vec<TypeDir>,
-    /// What is left of `max_instances`; `None` when the driver counts.
-    counter: Counter,
+    /// What is left of `max_instances`, unless the driver counts.
+    counter: AtomicUsize,
     gate: Mutex<Gate>,
     quiet: Condvar,
 }
@@ -163,21 +167,22 @@ struct Gate {
     creating: usize,
 }
 
-type Counter = Arc<AtomicUsize>;
-
 impl fmt::Debug for Parent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "mdev::Parent({})", self.device.devpath())
     }
 }
 
-/// What makes a device a mediated one (`struct mdev_device`).
+/// What makes a device a mediated one (`struct mdev_device`). It holds its uuid, and one of the
+/// instances that the parent has; both are given back however the device ends, or fails to begin.
 pub struct Instance {
     parent: Arc<Parent>,
-    ty: usize,
     uuid: Uuid,
+    ty: u32,
     active: AtomicBool,
-    token: Mutex<Option<Token>>,
+    /// The bus counts, and this one is counted.
+    counted: bool,
+    held: AtomicBool,
 }
 
 impl fmt::Debug for Instance {
@@ -186,20 +191,9 @@ impl fmt::Debug for Instance {
     }
 }
 
-/// A uuid in use, and one of the instances that the parent has. Both are given back however
-/// the device ends, or fails to begin.
-struct Token {
-    uuid: Uuid,
-    uuids: Arc<Mutex<HashSet<Uuid>>>,
-    counter: Option<Counter>,
-}
-
-impl Drop for Token {
+impl Drop for Instance {
     fn drop(&mut self) {
-        lock(&self.uuids).remove(&self.uuid);
-        if let Some(counter) = &self.counter {
-            counter.fetch_add(1, Ordering::AcqRel);
-        }
+        self.release();
     }
 }
 
@@ -211,12 +205,12 @@ impl Instance {
 
     /// The number of its type among the parent's.
     pub fn type_index(&self) -> usize {
-        self.ty
+        self.ty as usize
     }
 
     /// The name of its type's directory: `mtty-1`.
     pub fn type_name(&self) -> &str {
-        &self.parent.types[self.ty].name
+        &self.parent.types[self.type_index()].name
     }
 
     /// Its uuid.
@@ -226,8 +220,12 @@ impl Instance {
 
     /// `mdev_device_release()`: the uuid may be used again.
     pub(super) fn release(&self) {
-        let token = lock(&self.token).take();
-        drop(token);
+        if self.held.swap(false, Ordering::AcqRel) {
+            lock(&self.parent.core.model().uuids).remove(&self.uuid);
+            if self.counted {
+                self.parent.counter.fetch_add(1, Ordering::AcqRel);
+            }
+        }
     }
 }
 
@@ -286,7 +284,7 @@ impl Parent {
             core: core.clone(),
             device: Arc::clone(device),
             device_api: driver.device_api(),
-            counter: Arc::new(AtomicUsize::new(driver.max_instances() as usize)),
+            counter: AtomicUsize::new(driver.max_instances() as usize),
             driver: Arc::new(Erased(driver)),
             bus_driver,
             types,
@@ -380,27 +378,25 @@ impl Parent {
         if !lock(uuids).insert(uuid) {
             return Err(Errno::EXIST);
         }
-        let mut token = Token {
-            uuid,
-            uuids: Arc::clone(uuids),
-            counter: None,
-        };
-        if !own {
-            self.counter
-                .fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| {
-                    left.checked_sub(1)
-                })
-                .map_err(|_| Errno::USERS)?;
-            token.counter = Some(Arc::clone(&self.counter));
+        let take = |left: usize| left.checked_sub(1);
+        let counter = &self.counter;
+        if !own
+            && counter
+                .fetch_update(Ordering::AcqRel, Ordering::Acquire, take)
+                .is_err()
+        {
+            lock(uuids).remove(&uuid);
+            return Err(Errno::USERS);
         }
-        let _running = self.enter()?;
         let instance = Arc::new(Instance {
             parent: Arc::clone(self),
-            ty,
             uuid,
+            ty: ty as u32,
             active: AtomicBool::new(false),
-            token: Mutex::new(Some(token)),
+            counted: !own,
+            held: AtomicBool::new(true),
         });
+        let _running = self.enter()?;
         let device = BusDevice::make(
             "",
             &uuid.to_string(),

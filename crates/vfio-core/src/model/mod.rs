@@ -11,9 +11,9 @@ pub mod faux;
 mod group;
 pub mod mdev;
 mod outcome;
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 pub(crate) mod testing;
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 mod tests;
 
 pub use bus::{Bus, BusOptions, Driver, VfioDriver};

@@ -14,7 +14,7 @@
 
 mod attr;
 mod path;
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 mod tests;
 mod text;
 mod tree;

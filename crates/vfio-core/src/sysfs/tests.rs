@@ -458,11 +458,14 @@ fn a_parent_goes_when_its_devices_are_gone() {
     // One of them is on its way already.
     let first = world.write_waits(&format!("{}/remove", mdev(&uuid(0))), "1");
     let node = world.sysfs.walk(CREATE).unwrap();
+    let class = world.sysfs.walk("/class/mdev_bus").unwrap();
+    let link = world.sysfs.lookup(&class, "mtty").unwrap();
     uevents.take();
     let crate::model::Outcome::Waiting(waiting) = parent.unregister(Policy::Wait) else {
         panic!("there are users")
     };
     assert!(world.list("/class/mdev_bus").is_empty());
+    assert_eq!(world.sysfs.readlink(&link), Err(Errno::NOENT));
     assert!(world.list("/bus/mdev/devices").is_empty());
     assert!(!world.has(&format!("{MTTY}/{}", uuid(2))));
     assert_eq!(world.write(CREATE, uuid(9)), Err(Errno::NODEV));

@@ -134,6 +134,11 @@ impl Sysfs {
             Dir::Driver(_, name) => {
                 dev.is_present() && dev.driver().is_some_and(|driver| driver.name() == *name)
             }
+            // A parent may leave `mdev_bus` and stay in its own class.
+            Dir::Class(class) => {
+                let there = self.core.model().class_device(class, dev.name());
+                there.is_some_and(|there| there.id() == dev.id())
+            }
             _ => dev.is_present(),
         }
     }
