@@ -1,6 +1,6 @@
 //! Buses and the drivers on them (`drivers/base/{bus,driver,dd}.c`).
 
-use super::device::{self, ByName};
+use super::names::{self, ByName};
 use super::{BusDevice, Model, lock, read, write};
 use crate::device::{DeviceOps, GroupType, Registration, ReleaseSlot, UnregisteredDevice};
 use crate::{Core, Errno, Result};
@@ -195,7 +195,7 @@ impl Bus {
 
     /// The devices on it, by name.
     pub fn devices(&self) -> Vec<Arc<BusDevice>> {
-        device::sorted(&read(&self.devices))
+        names::sorted(&read(&self.devices))
     }
 
     /// The device of this name.
@@ -316,7 +316,7 @@ impl Bus {
     }
 
     pub(super) fn remove(&self, device: &BusDevice) {
-        let gone = device::take(&mut write(&self.devices), device);
+        let gone = names::take(&mut write(&self.devices), device);
         drop(gone);
     }
 }

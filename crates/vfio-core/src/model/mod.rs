@@ -10,6 +10,7 @@ mod device;
 pub mod faux;
 mod group;
 pub mod mdev;
+mod names;
 mod outcome;
 #[cfg(all(test, not(feature = "shuttle")))]
 pub(crate) mod testing;
@@ -22,7 +23,8 @@ pub(crate) use group::DmaOwnership;
 pub use group::{IommuGroup, IommuGroups, ReservedKind, ReservedRegion, X86_MSI};
 pub use outcome::{Outcome, Waiting};
 
-pub(crate) use device::{ByName, Role};
+pub(crate) use device::Role;
+pub(crate) use names::ByName;
 
 use crate::{Errno, Result};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -116,7 +118,7 @@ impl Model {
 
     /// The devices in a class, by name; `None` when there is no such class.
     pub fn class(&self, name: &str) -> Option<Vec<Arc<BusDevice>>> {
-        read(&self.classes).get(name).map(device::sorted)
+        read(&self.classes).get(name).map(names::sorted)
     }
 
     /// A device of a class.
@@ -129,7 +131,7 @@ impl Model {
     pub fn roots(&self, base: &str) -> Vec<Arc<BusDevice>> {
         read(&self.roots)
             .get(base)
-            .map_or(Vec::new(), device::sorted)
+            .map_or(Vec::new(), names::sorted)
     }
 
     /// The paths below `/sys` that hold devices without a parent.
@@ -180,7 +182,7 @@ impl Model {
         let Some(members) = classes.get_mut(class) else {
             return;
         };
-        let gone = device::take(members, device);
+        let gone = names::take(members, device);
         if members.is_empty() && class != "mdev_bus" {
             classes.remove(class);
         }

@@ -1,5 +1,6 @@
 use super::testing::*;
 use super::*;
+use crate::Core;
 use crate::device::{DeviceFile, Policy, ReleaseSlot};
 use proptest::prelude::*;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -272,4 +273,138 @@ proptest! {
         prop_assert_eq!(budget.load(Ordering::SeqCst), PORTS);
         prop_assert!(core.devices().is_empty() && bus.devices().is_empty());
     }
+}
+
+/// What a driver does while its `args` runs.
+type Meanwhile = Box<dyn Fn(&Arc<BusDevice>) -> Result<Ports> + Send + Sync>;
+
+struct Hooked(Meanwhile);
+
+impl mdev::Driver for Hooked {
+    type Ops = Dummy;
+
+    fn name(&self) -> &'static str {
+        "hooked"
+    }
+
+    fn types(&self) -> Vec<mdev::Type> {
+        vec![mdev::Type {
+            sysfs_name: "only",
+            pretty_name: None,
+        }]
+    }
+
+    fn max_instances(&self) -> u32 {
+        1
+    }
+
+    fn args(&self, device: &Arc<BusDevice>, _ty: &mdev::Type) -> Result<Ports> {
+        (self.0)(device)
+    }
+}
+
+fn hooked(core: &Core, meanwhile: Meanwhile) -> Arc<mdev::Parent> {
+    let device = BusDevice::virtual_class("hooked", "hooked");
+    device.add(core).unwrap();
+    mdev::Parent::register(core, &device, Hooked(meanwhile)).unwrap()
+}
+
+#[test]
+fn remove_during_create_can_be_tried_again() {
+    let core = core();
+    let inside = core.clone();
+    let parent = hooked(
+        &core,
+        Box::new(move |device| {
+            let again = Some(Err(Errno::AGAIN));
+            let remove = mdev::remove(&inside, device, Policy::Wait);
+            assert_eq!(remove.result(), again);
+            assert_eq!(device.remove(&inside, Policy::Wait).result(), again);
+            assert_eq!(device.unbind(&inside, Policy::Wait).result(), again);
+            let driver = device.driver().expect("its driver is seen from the start");
+            assert_eq!(device.bind(&inside, &driver), Err(Errno::BUSY));
+            Ok((0, Arc::default()))
+        }),
+    );
+    let device = parent.create_text(0, UUID.as_bytes()).unwrap();
+    let remove = mdev::remove(&core, &device, Policy::Wait);
+    assert_eq!(remove.result(), Some(Ok(())));
+}
+
+#[test]
+fn a_panic_in_a_probe_is_eio_and_nothing_more() {
+    let core = core();
+    let parent = hooked(&core, Box::new(|_| panic!("the test asked for it")));
+    for _ in 0..3 {
+        // Neither the uuid nor the one instance is lost.
+        let made = parent.create_text(0, UUID.as_bytes());
+        assert_eq!(made.unwrap_err(), Errno::IO);
+    }
+    assert_eq!(parent.available_instances(0), Some(1));
+    assert!(parent.devices().is_empty());
+}
+
+#[test]
+fn the_end_of_a_parent_waits_for_a_create() {
+    let core = core();
+    let barrier = Arc::new(std::sync::Barrier::new(2));
+    let inside = Arc::clone(&barrier);
+    let parent = hooked(
+        &core,
+        Box::new(move |_| {
+            inside.wait();
+            inside.wait();
+            Ok((0, Arc::default()))
+        }),
+    );
+    std::thread::scope(|scope| {
+        let create = scope.spawn(|| parent.create_text(0, UUID.as_bytes()));
+        barrier.wait();
+        let unregister = scope.spawn(|| parent.unregister(Policy::Wait).result());
+        let late = mdev::remove(&core, &parent.devices()[0], Policy::Wait);
+        assert_eq!(late.result(), Some(Err(Errno::AGAIN)));
+        barrier.wait();
+        // A create that got in succeeds, and its device goes with the others.
+        assert!(create.join().unwrap().is_ok());
+        assert_eq!(unregister.join().unwrap(), Some(Ok(())));
+    });
+    assert!(parent.devices().is_empty());
+    assert!(core.devices().is_empty());
+    let after = parent.create_text(0, UUID.as_bytes());
+    assert_eq!(after.unwrap_err(), Errno::NODEV);
+}
+
+#[test]
+fn listeners_may_look_at_everything() {
+    let core = core();
+    let inside = core.clone();
+    let seen = Arc::new(AtomicU32::new(0));
+    let count = Arc::clone(&seen);
+    let _subscription = core.subscribe(move |_| {
+        // Would hang if an event were sent under one of the model's locks.
+        let model = inside.model();
+        for bus in model.buses() {
+            for device in bus.devices() {
+                let _ = (device.driver(), device.vfio_device(), device.children());
+            }
+        }
+        let _ = (
+            model.unregistering(),
+            model.class("mdev_bus"),
+            model.roots("/devices"),
+        );
+        let _ = (inside.devices(), inside.iommu_groups().all());
+        count.fetch_add(1, Ordering::SeqCst);
+    });
+    let parent = serial(&core);
+    let device = parent.create_text(0, UUID.as_bytes()).unwrap();
+    let file = device.vfio_device().unwrap().open_cdev(opener()).unwrap();
+    let outcome = parent.unregister(Policy::Wait);
+    drop(file);
+    assert_eq!(outcome.wait_for(SOON), Some(Ok(())));
+    assert_eq!(
+        parent.device().remove(&core, Policy::Wait).result(),
+        Some(Ok(()))
+    );
+    assert!(seen.load(Ordering::SeqCst) > 10);
 }
