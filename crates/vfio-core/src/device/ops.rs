@@ -199,7 +199,8 @@ impl fmt::Debug for Dma {
 /// What a backend (an iommufd access, a container, a vfio-user client) offers for DMA.
 pub trait DmaSpace: Send + Sync {
     /// Fills `buf` from `iova`. `ENOENT` not attached or a hole, `EPERM` no permission, `EFAULT`
-    /// the memory behind it is gone, `EINVAL` length 0, `EOVERFLOW` wrap (`iommufd_access_rw`).
+    /// the memory behind it is gone, `EINVAL` length 0, `EOVERFLOW` wrap, `EBUSY` it is just being
+    /// unmapped (`iommufd_access_rw`). May wait for as long as the client's memory does not answer.
     fn read(&self, iova: u64, buf: &mut [u8]) -> Result;
 
     /// Writes `data` to `iova`; as [`read`](DmaSpace::read).

@@ -86,7 +86,8 @@ impl Iommufd {
         let mut table = self.table();
         table.release(id, 1, &mut left);
         if told.is_err() {
-            table.remove(id, &mut left);
+            // It stays if another thread guessed its number and attached something to it.
+            let _ = table.destroy(id, &mut left);
         }
         drop(table);
         left.settle();

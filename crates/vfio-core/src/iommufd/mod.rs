@@ -31,9 +31,9 @@ mod ioas;
 mod reach;
 mod table;
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 pub(crate) mod testing;
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 mod tests;
 
 pub use context::Iommufd;

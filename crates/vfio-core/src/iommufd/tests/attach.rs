@@ -184,6 +184,7 @@ fn replacing_moves_the_whole_group() {
     assert_eq!(byte(&*of_first, 0), Ok(2));
     assert_eq!(byte(&*of_second, 0), Ok(2));
     assert_eq!(c.destroy(old), Err(Errno::NOENT));
+    assert_eq!(c.ranges(a), (vec![(0, u64::MAX)], 1), "given back");
     assert_eq!(c.destroy(a), Ok(0), "nobody uses it any more");
     // What lies in the interrupt window keeps them from moving there.
     let blocked = c.ioas();
