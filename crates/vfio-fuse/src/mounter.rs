@@ -317,7 +317,12 @@ impl Mounter {
             rustix::fs::Mode::empty(),
         )
         .ok()
-        .and_then(file_id);
+        .and_then(file_id)
+        // The kernel has not asked for the root's attributes yet and would say 1.
+        .map(|id| FileId {
+            ino: crate::dev::ino(node.serial),
+            ..id
+        });
         if let Some(id) = id {
             let _ = through.id.set(id);
         }

@@ -75,6 +75,29 @@ fn an_open_moves_to_a_connection_of_its_own_and_back_to_none() {
 }
 
 #[test]
+fn its_files_are_found_by_those_who_look_for_holders() {
+    let name = "its_files_are_found_by_those_who_look_for_holders";
+    for redirect in [true, false] {
+        let Some(host) = Host::new(name, |options| options.redirect = redirect) else {
+            return;
+        };
+        let (_device, _) = host.device("one");
+        let file = open(&host.node(0)).unwrap();
+        let device = host.core.device(0).unwrap();
+        let ids = host.dev.as_ref().unwrap().file_ids(&device);
+        let holders = client_process::holders(&ids, &[]);
+        let this = holders
+            .iter()
+            .find(|holder| holder.pid == rustix::process::getpid());
+        let fds = &this.expect("this process holds it").fds;
+        assert!(
+            fds.contains(&std::os::fd::AsRawFd::as_raw_fd(&file)),
+            "{fds:?}"
+        );
+    }
+}
+
+#[test]
 fn without_redirect_all_share_one() {
     let name = "without_redirect_all_share_one";
     let Some(host) = Host::new(name, |options| options.redirect = false) else {
