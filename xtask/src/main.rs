@@ -25,6 +25,9 @@ enum Task {
     Test(suites::Options),
     /// Measure speed, as ratios within one run
     Bench(bench::Options),
+    /// One process of a benchmark
+    #[command(hide = true)]
+    BenchPeer(bench::peer::Options),
     /// Check the rules of the architecture: dependencies between crates, unsafe code, long files
     Check,
     /// Fetch and install what the tests need, and run none
@@ -32,12 +35,22 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    let result = workspace::Workspace::load().and_then(|workspace| match Cli::parse().command {
-        Task::Test(options) => suites::run(&workspace, &options),
-        Task::Bench(options) => bench::run(&workspace, &options),
-        Task::Check => check::run(&workspace),
-        Task::Prepare => suites::prepare(&workspace).map(|()| true),
-    });
+    let command = Cli::parse().command;
+    if let Task::BenchPeer(options) = &command {
+        return exit_code(bench::peer::run(options));
+    }
+    exit_code(
+        workspace::Workspace::load().and_then(|workspace| match command {
+            Task::Test(options) => suites::run(&workspace, &options),
+            Task::Bench(options) => bench::run(&workspace, &options),
+            Task::Check => check::run(&workspace),
+            Task::BenchPeer(options) => bench::peer::run(&options),
+            Task::Prepare => suites::prepare(&workspace).map(|()| true),
+        }),
+    )
+}
+
+fn exit_code(result: anyhow::Result<bool>) -> ExitCode {
     match result {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,

@@ -88,7 +88,7 @@ impl Measured {
 }
 
 /// The middle value; of an even number, the mean of the middle two. NaN of none.
-fn median(mut values: Vec<f64>) -> f64 {
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
     let middle = values.len() / 2;
@@ -110,6 +110,14 @@ pub(crate) fn nanoseconds(count: u32, mut operation: impl FnMut()) -> f64 {
         operation();
     }
     begin.elapsed().as_nanos() as f64 / f64::from(count)
+}
+
+/// Nanoseconds that one of `count` calls of `operation` takes as a rule: the median of chunks of
+/// 20, so that a moment in which another program had the processor does not count.
+pub(crate) fn typical(count: u32, mut operation: impl FnMut()) -> f64 {
+    const CHUNK: u32 = 20;
+    let chunks = (0..count.div_ceil(CHUNK)).map(|_| nanoseconds(CHUNK, &mut operation));
+    median(chunks.collect())
 }
 
 /// The calling thread, bound to one processor until this is dropped.
@@ -201,6 +209,22 @@ mod tests {
         .expect("both run");
         // A hundred times the work, measured on a machine that may be busy.
         assert!(measured.ratio() > 5.0, "{measured:?}");
+    }
+
+    #[test]
+    fn a_slow_moment_is_not_typical() {
+        let mut calls = 0;
+        let time = typical(100, || {
+            calls += 1;
+            if calls == 50 {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+        });
+        assert_eq!(calls, 100);
+        assert!(
+            time < 100_000.0,
+            "one chunk of five has 1 ms a call: {time}"
+        );
     }
 
     #[test]

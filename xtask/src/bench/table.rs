@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::Goal;
 use super::Row;
+use super::measure::Measured;
 
 /// A Markdown table, with the known reasons of misses below it.
 pub(super) fn text(rows: &[Row]) -> String {
@@ -18,12 +19,21 @@ pub(super) fn text(rows: &[Row]) -> String {
         "met".to_owned(),
     ]];
     for row in rows {
-        let (low, high) = row.measured.spread();
+        let (ratio, spread) = match &row.measured {
+            Ok(measured) => {
+                let (low, high) = measured.spread();
+                (
+                    format!("{:.3}", measured.ratio()),
+                    format!("{low:.3}..{high:.3}"),
+                )
+            }
+            Err(_) => ("none".to_owned(), String::new()),
+        };
         lines.push([
             row.benchmark.name.to_owned(),
             row.benchmark.against.to_owned(),
-            format!("{:.3}", row.measured.ratio()),
-            format!("{low:.3}..{high:.3}"),
+            ratio,
+            spread,
             goal(row.benchmark.goal),
             if row.is_met() { "yes" } else { "NO" }.to_owned(),
         ]);
@@ -52,8 +62,14 @@ pub(super) fn text(rows: &[Row]) -> String {
         }
     }
     for row in rows.iter().filter(|row| !row.is_met()) {
-        let why = row.benchmark.known_miss.unwrap_or("not explained yet");
-        let _ = writeln!(text, "{}: missed; {why}", row.benchmark.name);
+        let name = row.benchmark.name;
+        let _ = match &row.measured {
+            Ok(_) => {
+                let why = row.benchmark.known_miss.unwrap_or("not explained yet");
+                writeln!(text, "{name}: missed; {why}")
+            }
+            Err(error) => writeln!(text, "{name}: not run; {error:#}"),
+        };
     }
     text
 }
@@ -65,9 +81,10 @@ pub(super) fn json(rows: &[Row]) -> String {
         let line = json!({
             "name": row.benchmark.name,
             "against": row.benchmark.against,
-            "ratio": row.measured.ratio(),
-            "ours": row.measured.ours(),
-            "base": row.measured.base(),
+            "ratio": row.measured.as_ref().map(Measured::ratio).ok(),
+            "ours": row.measured.as_ref().map(Measured::ours).ok(),
+            "base": row.measured.as_ref().map(Measured::base).ok(),
+            "error": row.measured.as_ref().err().map(|error| format!("{error:#}")),
             "goal": goal(row.benchmark.goal),
             "pass": row.is_met(),
         });
@@ -88,7 +105,6 @@ mod tests {
     use anyhow::Result;
 
     use super::super::Benchmark;
-    use super::super::measure::Measured;
     use super::*;
 
     fn measured(_: u32) -> Result<Measured> {
@@ -105,7 +121,7 @@ mod tests {
         };
         Row {
             benchmark,
-            measured: (benchmark.run)(3).expect("it runs"),
+            measured: (benchmark.run)(3),
         }
     }
 
@@ -131,5 +147,19 @@ mod tests {
         assert_eq!(value["pass"], false);
         assert_eq!(value["goal"], ">= 1.6");
         assert_eq!(value["ratio"], 1.5);
+    }
+
+    #[test]
+    fn a_row_that_cannot_run_is_not_met() {
+        let mut row = row(Goal::AtMost(1.5));
+        row.measured = Err(anyhow::anyhow!("no /dev/fuse"));
+        let text = text(std::slice::from_ref(&row));
+        assert!(text.ends_with("| NO  |\npread: not run; no /dev/fuse\n"));
+        let value: serde_json::Value = serde_json::from_str(&json(&[row])).expect("it is JSON");
+        assert_eq!(value["error"], "no /dev/fuse");
+        assert_eq!(
+            (&value["pass"], &value["ratio"]),
+            (&false.into(), &serde_json::Value::Null)
+        );
     }
 }

@@ -1,0 +1,185 @@
+//! A client: opens nodes as any VFIO program does, and measures its own calls.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+use std::time::Instant;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::bail;
+use rustix::fs::MemfdFlags;
+use vfio_uapi::device::AttachFlags;
+use vfio_uapi::device::AttachIommufdPt;
+use vfio_uapi::device::BindFlags;
+use vfio_uapi::device::BindIommufd;
+use vfio_uapi::device::RegionInfo;
+use vfio_uapi::ioctl;
+use vfio_uapi::iommufd::IoasAlloc;
+use vfio_uapi::iommufd::IoasMap;
+use vfio_uapi::iommufd::MapFlags;
+
+use super::measure;
+use super::measure::Pinned;
+use super::peer::Converse;
+use super::peer::word;
+use super::raw;
+use super::raw::Mapped;
+
+/// What a client has open.
+#[derive(Debug, Default)]
+pub(super) struct Client {
+    nodes: Vec<File>,
+    iommu: Option<File>,
+    memory: Vec<(Option<rustix::fd::OwnedFd>, Mapped)>,
+}
+
+impl Converse for Client {
+    fn answer(&mut self, words: &[&str]) -> Result<String> {
+        match words {
+            // For the rest of its life.
+            ["pin", ..] => {
+                std::mem::forget(Pinned::to(word(words, 1)?)?);
+                Ok(String::new())
+            }
+            ["open", path] => {
+                self.nodes.push(open(path)?);
+                Ok(String::new())
+            }
+            ["bind", path, iommu] => {
+                let device = open(path)?;
+                let iommu = open(iommu)?;
+                bind(&device, &iommu)?;
+                self.nodes.push(device);
+                self.iommu = Some(iommu);
+                Ok(String::new())
+            }
+            ["map", kind, ..] => self.map(kind, word(words, 2)?),
+            ["pread", ..] => self.calls(words, pread),
+            ["pwrite", ..] => self.calls(words, pwrite),
+            ["ioctl", ..] => self.calls(words, region_info),
+            ["rate", ..] => {
+                let node = self.node(words)?;
+                let time = Duration::from_millis(word(words, 2)?);
+                rate(node, time)
+            }
+            _ => bail!("a client cannot {words:?}"),
+        }
+    }
+}
+
+fn open(path: &str) -> Result<File> {
+    let options = File::options().read(true).write(true).open(path);
+    options.with_context(|| format!("opening {path}"))
+}
+
+fn bind(device: &File, iommu: &File) -> Result<()> {
+    let mut bind = BindIommufd {
+        argsz: size(&BindIommufd::default()),
+        flags: BindFlags::empty(),
+        iommufd: iommu.as_raw_fd(),
+        ..BindIommufd::default()
+    };
+    raw::ioctl(device, ioctl::VFIO_DEVICE_BIND_IOMMUFD, &mut bind).context("BIND_IOMMUFD")?;
+    Ok(())
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "structures are small")]
+fn size<T>(_: &T) -> u32 {
+    size_of::<T>() as u32
+}
+
+fn pread(node: &File) -> Result<()> {
+    node.read_exact_at(&mut [0; 4], 0)?;
+    Ok(())
+}
+
+fn pwrite(node: &File) -> Result<()> {
+    node.write_all_at(&[0; 4], 0)?;
+    Ok(())
+}
+
+/// An ioctl with an argument of 32 bytes, read and written.
+fn region_info(node: &File) -> Result<()> {
+    let mut info = RegionInfo::default();
+    info.argsz = size(&info);
+    raw::ioctl(node, ioctl::VFIO_DEVICE_GET_REGION_INFO, &mut info)?;
+    Ok(())
+}
+
+/// `pread`s a second.
+fn rate(node: &File, time: Duration) -> Result<String> {
+    let begin = Instant::now();
+    let mut count = 0_u32;
+    while begin.elapsed() < time {
+        for _ in 0..64 {
+            pread(node)?;
+        }
+        count += 64;
+    }
+    let rate = f64::from(count) / begin.elapsed().as_secs_f64();
+    Ok(rate.to_string())
+}
+
+impl Client {
+    fn node(&self, words: &[&str]) -> Result<&File> {
+        let node: usize = word(words, 1)?;
+        self.nodes.get(node).context("no such node is open")
+    }
+
+    /// Nanoseconds that a call takes.
+    fn calls(&self, words: &[&str], call: fn(&File) -> Result<()>) -> Result<String> {
+        let node = self.node(words)?;
+        let mut outcome = Ok(());
+        let time = measure::typical(word(words, 2)?, || {
+            if let Err(error) = call(node) {
+                outcome = Err(error);
+            }
+        });
+        outcome?;
+        Ok(time.to_string())
+    }
+
+    /// Makes memory, full of 0x5a, and lets the bound device reach it. Answers with its IOVA, its
+    /// address and its descriptor, which is -1 for private memory.
+    fn map(&mut self, kind: &str, length: usize) -> Result<String> {
+        let device = self.nodes.last().context("no device is bound")?;
+        let iommu = self.iommu.as_ref().context("no device is bound")?;
+        let (file, mapped) = match kind {
+            "private" => (None, Mapped::private(length)?),
+            "shared" => {
+                let file = rustix::fs::memfd_create("bench", MemfdFlags::CLOEXEC)?;
+                rustix::fs::ftruncate(&file, length as u64)?;
+                let mapped = Mapped::shared(&file, length)?;
+                (Some(file), mapped)
+            }
+            _ => bail!("there is no {kind} memory"),
+        };
+        mapped.fill(0x5a);
+
+        let mut ioas = IoasAlloc::default();
+        ioas.size = size(&ioas);
+        raw::ioctl(iommu, ioctl::IOMMU_IOAS_ALLOC, &mut ioas).context("IOAS_ALLOC")?;
+        let mut attach = AttachIommufdPt {
+            argsz: 12,
+            flags: AttachFlags::empty(),
+            pt_id: ioas.out_ioas_id,
+            ..AttachIommufdPt::default()
+        };
+        raw::ioctl(device, ioctl::VFIO_DEVICE_ATTACH_IOMMUFD_PT, &mut attach).context("ATTACH")?;
+        let mut map = IoasMap {
+            flags: MapFlags::READABLE | MapFlags::WRITEABLE,
+            ioas_id: ioas.out_ioas_id,
+            user_va: mapped.address(),
+            length: length as u64,
+            ..IoasMap::default()
+        };
+        map.size = size(&map);
+        raw::ioctl(iommu, ioctl::IOMMU_IOAS_MAP, &mut map).context("IOAS_MAP")?;
+        let descriptor = file.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        let answer = format!("{} {} {descriptor}", map.iova, mapped.address());
+        self.memory.push((file, mapped));
+        Ok(answer)
+    }
+}

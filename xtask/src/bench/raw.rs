@@ -1,0 +1,100 @@
+#![expect(
+    unsafe_code,
+    reason = "a client's ioctls and mappings, and memcpy out of another process's memory as the limit of DMA"
+)]
+//! The system calls of the benchmarks that have no safe wrapper.
+
+use std::ptr::NonNull;
+
+use anyhow::Context;
+use anyhow::Result;
+use rustix::fd::AsFd;
+use rustix::fd::AsRawFd;
+use rustix::io::Errno;
+use rustix::mm::MapFlags;
+use rustix::mm::ProtFlags;
+
+/// An ioctl whose argument is a structure of the VFIO or iommufd ABI that holds no address, or
+/// only addresses of mappings that stay.
+pub(super) fn ioctl<T>(fd: impl AsFd, cmd: u32, argument: &mut T) -> Result<i32, Errno> {
+    let argument: *mut T = argument;
+    // SAFETY: the commands of this benchmark read and write the structure they are given, up to
+    // the size in its first field, which the callers fill from its type.
+    let result = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), libc::c_ulong::from(cmd), argument) };
+    if result < 0 {
+        return Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO));
+    }
+    Ok(result)
+}
+
+/// Memory of this process, or of a file in memory; unmapped when dropped.
+#[derive(Debug)]
+pub(super) struct Mapped {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the memory belongs to no thread, and is only copied, never borrowed.
+unsafe impl Send for Mapped {}
+
+impl Mapped {
+    /// Private anonymous memory, every page touched.
+    pub(super) fn private(len: usize) -> Result<Self> {
+        let flags = MapFlags::PRIVATE | MapFlags::POPULATE;
+        // SAFETY: the kernel chooses the place, so nothing that exists is replaced.
+        let base = unsafe {
+            rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, Self::protection(), flags)
+        };
+        Self::new(base.context("mapping private memory")?.cast(), len)
+    }
+
+    /// The start of a file in memory, every page touched.
+    pub(super) fn shared(file: impl AsFd, len: usize) -> Result<Self> {
+        let flags = MapFlags::SHARED | MapFlags::POPULATE;
+        let at = std::ptr::null_mut();
+        // SAFETY: as above.
+        let base = unsafe { rustix::mm::mmap(at, len, Self::protection(), flags, file, 0) };
+        Self::new(base.context("mapping shared memory")?.cast(), len)
+    }
+
+    fn protection() -> ProtFlags {
+        ProtFlags::READ | ProtFlags::WRITE
+    }
+
+    fn new(base: *mut u8, len: usize) -> Result<Self> {
+        let base = NonNull::new(base).context("a mapping at address 0")?;
+        Ok(Self { base, len })
+    }
+
+    /// Where it is.
+    pub(super) fn address(&self) -> u64 {
+        self.base.as_ptr().addr() as u64
+    }
+
+    /// Sets every byte.
+    pub(super) fn fill(&self, byte: u8) {
+        // SAFETY: valid for the length while `self` lives; nobody has a reference into it.
+        unsafe { std::ptr::write_bytes(self.base.as_ptr(), byte, self.len) }
+    }
+
+    /// Copies from `offset` what fits into `buf`, as fast as the machine does it.
+    pub(super) fn copy_to(&self, offset: usize, buf: &mut [u8]) {
+        let within = offset
+            .checked_add(buf.len())
+            .is_some_and(|end| end <= self.len);
+        assert!(within, "a copy outside the mapping");
+        // SAFETY: both ranges are valid for the length, the mapping while `self` lives; others may
+        // change the bytes meanwhile, and none of them is looked at.
+        unsafe {
+            let from = self.base.as_ptr().add(offset);
+            std::ptr::copy_nonoverlapping(from, buf.as_mut_ptr(), buf.len());
+        }
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: exactly what was mapped, and no access can be running: each borrows `self`.
+        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}

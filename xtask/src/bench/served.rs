@@ -1,0 +1,269 @@
+//! Our server: the real nodes, in front of a device that has a few registers and DMA.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::Receiver;
+use std::sync::mpsc::Sender;
+use std::time::Duration;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::bail;
+use nix::sys::uio;
+use rustix::io::Errno;
+use vfio_core::Config;
+use vfio_core::Core;
+use vfio_core::device::DeviceInfo;
+use vfio_core::device::DeviceOps;
+use vfio_core::device::Dma;
+use vfio_core::device::InitCx;
+use vfio_core::device::IrqInfo;
+use vfio_core::device::OpenCx;
+use vfio_core::device::RegionInfo;
+use vfio_core::device::RegionPos;
+use vfio_core::irq::SetIrqs;
+use vfio_core::model::BusDevice;
+use vfio_core::model::VfioDriver;
+use vfio_core::model::faux;
+use vfio_fuse::Dev;
+use vfio_uapi::device::InfoFlags;
+use vfio_uapi::device::IrqFlags;
+use vfio_uapi::device::RegionFlags;
+
+use super::measure;
+use super::peer::Converse;
+use super::peer::now;
+use super::peer::word;
+use super::raw::Mapped;
+
+/// Where a device leaves what the benchmark needs of it.
+#[derive(Debug)]
+pub(super) struct Outside {
+    dma: Mutex<Option<Dma>>,
+    closed: Sender<u64>,
+}
+
+/// A register and a way to memory.
+#[derive(Debug)]
+pub(super) struct Card {
+    register: AtomicU32,
+    outside: Arc<Outside>,
+}
+
+impl DeviceOps for Card {
+    const NAME: &'static str = "card";
+    type Args = Arc<Outside>;
+    type Session = ();
+
+    fn init(_cx: &InitCx<'_>, outside: Arc<Outside>) -> vfio_core::Result<Self> {
+        Ok(Self {
+            register: AtomicU32::new(0),
+            outside,
+        })
+    }
+
+    fn open(&self, cx: &OpenCx<'_>) -> vfio_core::Result<()> {
+        *self.dma() = Some(cx.dma().clone());
+        Ok(())
+    }
+
+    fn close(&self, (): ()) {
+        // Nobody may be listening.
+        let _ = self.outside.closed.send(now());
+        *self.dma() = None;
+    }
+
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            flags: InfoFlags::PCI,
+            num_regions: 1,
+            num_irqs: 1,
+        }
+    }
+
+    fn region(&self, _index: u32) -> vfio_core::Result<RegionInfo> {
+        Ok(RegionInfo {
+            size: 4,
+            flags: RegionFlags::READ | RegionFlags::WRITE,
+            caps: Vec::new(),
+        })
+    }
+
+    fn irq(&self, _index: u32) -> vfio_core::Result<IrqInfo> {
+        Ok(IrqInfo {
+            flags: IrqFlags::EVENTFD,
+            count: 1,
+        })
+    }
+
+    fn read(&self, (): &(), _at: RegionPos, buf: &mut [u8]) -> vfio_core::Result<usize> {
+        let value = self.register.load(Ordering::Relaxed).to_le_bytes();
+        buf.get_mut(..4)
+            .ok_or(Errno::INVAL)?
+            .copy_from_slice(&value);
+        Ok(4)
+    }
+
+    fn write(&self, (): &(), _at: RegionPos, data: &[u8]) -> vfio_core::Result<usize> {
+        let value = data.first_chunk().ok_or(Errno::INVAL)?;
+        self.register
+            .store(u32::from_le_bytes(*value), Ordering::Relaxed);
+        Ok(4)
+    }
+
+    fn set_irqs(&self, (): &(), _request: SetIrqs<'_>) -> vfio_core::Result<u32> {
+        Err(Errno::NOTTY)
+    }
+}
+
+impl Card {
+    fn dma(&self) -> std::sync::MutexGuard<'_, Option<Dma>> {
+        let dma = &self.outside.dma;
+        dma.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Makes [`Card`]s.
+#[derive(Debug)]
+pub(super) struct Driver(pub(super) Arc<Outside>);
+
+impl VfioDriver for Driver {
+    type Ops = Card;
+
+    fn name(&self) -> &'static str {
+        Card::NAME
+    }
+
+    fn args(&self, _device: &Arc<BusDevice>) -> vfio_core::Result<Arc<Outside>> {
+        Ok(Arc::clone(&self.0))
+    }
+}
+
+/// What a device tells that nobody listens to.
+pub(super) fn nowhere() -> (Arc<Outside>, Receiver<u64>) {
+    let (closed, receiver) = std::sync::mpsc::channel();
+    let dma = Mutex::new(None);
+    (Arc::new(Outside { dma, closed }), receiver)
+}
+
+/// Two devices behind their nodes.
+#[derive(Debug)]
+pub(super) struct Server {
+    _dev: Dev,
+    _devices: [faux::Device; 2],
+    outside: Arc<Outside>,
+    closed: Receiver<u64>,
+}
+
+impl Server {
+    pub(super) fn start(arguments: &[String]) -> Result<Self> {
+        let [directory] = arguments else {
+            bail!("a directory is needed");
+        };
+        let core = Core::new(Config::default());
+        let options = vfio_fuse::Options::under(PathBuf::from(directory));
+        let dev = Dev::start(&core, &options).context("mounting the nodes")?;
+        let (outside, closed) = nowhere();
+        let make = |name| faux::Device::create(&core, name, Driver(Arc::clone(&outside)));
+        let devices = [make("zero")?, make("one")?];
+        Ok(Self {
+            _dev: dev,
+            _devices: devices,
+            outside,
+            closed,
+        })
+    }
+}
+
+impl Converse for Server {
+    fn answer(&mut self, words: &[&str]) -> Result<String> {
+        let number = match words {
+            ["closed"] => {
+                let closed = self.closed.recv_timeout(Duration::from_secs(10));
+                return Ok(closed.context("the device was not closed")?.to_string());
+            }
+            ["dma", ..] => self.dma(Walk::of(words)?, word(words, 4)?)?,
+            ["process-vm", ..] => process_vm(Walk::of(words)?, word(words, 4)?, word(words, 5)?)?,
+            ["memcpy", ..] => memcpy(Walk::of(words)?, word(words, 4)?, word(words, 5)?)?,
+            _ => bail!("the server cannot {words:?}"),
+        };
+        Ok(number.to_string())
+    }
+}
+
+/// How the copies go through the client's memory: so many of one size, one behind the other, from
+/// the start again at the end.
+#[derive(Debug, Clone, Copy)]
+struct Walk {
+    count: u32,
+    length: usize,
+    span: usize,
+}
+
+impl Walk {
+    fn of(words: &[&str]) -> Result<Self> {
+        Ok(Self {
+            count: word(words, 1)?,
+            length: word(words, 2)?,
+            span: word(words, 3)?,
+        })
+    }
+
+    /// Nanoseconds of one `copy` at an offset.
+    fn measure(self, mut copy: impl FnMut(usize, &mut [u8]) -> Result<()>) -> Result<f64> {
+        let mut buf = vec![0xee; self.length];
+        let mut offset = 0;
+        let mut outcome = Ok(());
+        let time = measure::typical(self.count, || {
+            if let Err(error) = copy(offset, &mut buf) {
+                outcome = Err(error);
+            }
+            offset += self.length;
+            if offset + self.length > self.span {
+                offset = 0;
+            }
+        });
+        outcome?;
+        // The client has filled its memory with this.
+        anyhow::ensure!(buf.iter().all(|byte| *byte == 0x5a), "other bytes came");
+        Ok(time)
+    }
+}
+
+impl Server {
+    fn dma(&self, walk: Walk, iova: u64) -> Result<f64> {
+        let dma = self.outside.dma.lock();
+        let dma = dma.unwrap_or_else(PoisonError::into_inner).clone();
+        let dma = dma.context("no device is open")?;
+        walk.measure(|offset, buf| Ok(dma.read(iova + offset as u64, buf)?))
+    }
+}
+
+fn process_vm(walk: Walk, pid: i32, address: usize) -> Result<f64> {
+    let pid = nix::unistd::Pid::from_raw(pid);
+    walk.measure(|offset, buf| {
+        let remote = [uio::RemoteIoVec {
+            base: address + offset,
+            len: buf.len(),
+        }];
+        let copied = uio::process_vm_readv(pid, &mut [std::io::IoSliceMut::new(buf)], &remote)?;
+        anyhow::ensure!(copied == walk.length, "a short copy");
+        Ok(())
+    })
+}
+
+fn memcpy(walk: Walk, pid: u32, fd: i32) -> Result<f64> {
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(format!("/proc/{pid}/fd/{fd}"))?;
+    let mapped = Mapped::shared(&file, walk.span)?;
+    walk.measure(|offset, buf| {
+        mapped.copy_to(offset, buf);
+        Ok(())
+    })
+}
