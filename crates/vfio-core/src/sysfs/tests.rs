@@ -268,6 +268,7 @@ fn remove_wants_a_number() {
 fn remove_with_an_open_file_waits() {
     let world = World::new();
     serial(&world.core);
+    display(&world.core);
     world.write(CREATE, UUID).unwrap();
     let file = world.core.device(0).unwrap().open_cdev(opener()).unwrap();
     let uevents = Log::uevents(&world.core);
@@ -310,7 +311,9 @@ fn remove_with_an_open_file_waits() {
     }
     assert_eq!(world.sysfs.open(&remove, false, true), Err(Errno::NODEV));
     assert_eq!(world.sysfs.lookup(&vfio, "dev"), Err(Errno::NOENT));
-    assert_eq!(world.write(CREATE, UUID), Err(Errno::EXIST));
+    for create in [CREATE.to_owned(), format!("{VGA}/create")] {
+        assert_eq!(world.write(&create, UUID), Err(Errno::EXIST));
+    }
     assert_eq!(
         uevents.take(),
         [format!(
