@@ -433,10 +433,7 @@ impl BusDevice {
             }
             Binding::Unbinding(unbind) => {
                 unbind.on_done(move |_| finish());
-                // The users are those of the unbind, with the deadline it has, if any.
-                if policy == Policy::Disassociate {
-                    unbind.disassociate();
-                }
+                unbind.join(core, policy);
                 waiting.set_parts(vec![unbind]);
             }
             _ => finish(),

@@ -445,9 +445,7 @@ impl Parent {
                 parts.push(part);
             } else if let Some(part) = device.removing() {
                 // Somebody else's removal, which waits.
-                if policy == Policy::Disassociate {
-                    part.disassociate();
-                }
+                part.join(&self.core, policy);
                 parts.push(part);
             }
         }

@@ -1,8 +1,8 @@
 //! What an operation that may have to wait for users returns.
 
 use super::{BusDevice, lock};
-use crate::Result;
-use crate::device::{Device, Pending};
+use crate::device::{Device, Pending, Policy};
+use crate::{Core, Result};
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -146,6 +146,29 @@ impl Waiting {
         }
         for part in parts {
             part.disassociate();
+        }
+    }
+
+    /// Somebody else waits for the same users, with a policy of their own: the stricter holds. A
+    /// deadline is kept to a fifth of a second.
+    pub(crate) fn join(&self, core: &Core, policy: Policy) {
+        match policy {
+            Policy::Wait => {}
+            Policy::Disassociate => self.disassociate(),
+            Policy::WaitThenDisassociate(time) => {
+                let begun = Instant::now();
+                let waiting = self.clone();
+                core.house().linger(Box::new(move || {
+                    if waiting.result().is_some() {
+                        return false;
+                    }
+                    let late = begun.elapsed() >= time;
+                    if late {
+                        waiting.disassociate();
+                    }
+                    !late
+                }));
+            }
         }
     }
 

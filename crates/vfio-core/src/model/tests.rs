@@ -77,6 +77,26 @@ fn a_deadline_cuts_users_off() {
 }
 
 #[test]
+fn a_deadline_also_counts_for_waits_that_had_none() {
+    let core = core();
+    let parent = serial(&core);
+    let [unbound, removed] = [0, 1].map(|n| {
+        let device = parent.create_text(0, uuid(n).as_bytes()).unwrap();
+        let file = device.vfio_device().unwrap().open_cdev(opener()).unwrap();
+        (device, file)
+    });
+    let unbind = unbound.0.unbind(&core, Policy::Wait);
+    let remove = mdev::remove(&core, &removed.0, Policy::Wait);
+    assert!(unbind.result().is_none() && remove.result().is_none());
+    let policy = Policy::WaitThenDisassociate(std::time::Duration::from_millis(5));
+    let outcome = parent.unregister(policy);
+    for outcome in [outcome, unbind, remove] {
+        assert_eq!(outcome.wait_for(SOON), Some(Ok(())));
+    }
+    assert!(parent.devices().is_empty());
+}
+
+#[test]
 fn creates_race_and_one_wins() {
     let core = core();
     let parent = serial(&core);
