@@ -150,7 +150,11 @@ impl Dev {
                 ino: ino(device.serial()),
             });
         }
-        ids.extend(self.tree.mounter.file_id(device.serial()));
+        if let Some(own) = self.tree.mounter.file_id(device.serial()) {
+            // The root of its own connection: node 1 where a mapping shows it (`i_ino`), and what
+            // GETATTR says where stat does (`fs/fuse/inode.c`, `orig_ino`).
+            ids.extend([1, ino(device.serial())].map(|ino| FileId { ino, ..own }));
+        }
         ids.extend(
             device
                 .memory_if_made()

@@ -11,7 +11,7 @@ use fuse_server::{
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// How long a mount waits for the open that asked for it.
@@ -36,6 +36,22 @@ struct State {
     /// The mount under way, and who waits for it.
     mounting: Option<(u64, Vec<ReplyOpen>)>,
     own: HashMap<u64, Own>,
+    /// Connections whose mount is gone while files of them may be open: what to know them by.
+    unmounted: Vec<(u64, FileId, Weak<Through>)>,
+}
+
+impl State {
+    /// Takes out a device's own mount, for the caller to drop without the lock.
+    fn take(&mut self, serial: u64) -> Option<Own> {
+        let own = self.own.remove(&serial)?;
+        self.unmounted
+            .retain(|(_, _, through)| through.strong_count() > 0);
+        if let Some(id) = own.id {
+            self.unmounted
+                .push((serial, id, Arc::downgrade(&own.through)));
+        }
+        Some(own)
+    }
 }
 
 enum Todo {
@@ -163,7 +179,14 @@ impl Mounter {
 
     /// Where open files of the device may be found beside the `dev` mount.
     pub(crate) fn file_id(&self, serial: u64) -> Option<FileId> {
-        self.state().own.get(&serial)?.id
+        let state = self.state();
+        if let Some(own) = state.own.get(&serial) {
+            return own.id;
+        }
+        let mut unmounted = state.unmounted.iter().rev();
+        let (_, id, _) =
+            unmounted.find(|(one, _, open)| *one == serial && open.strong_count() > 0)?;
+        Some(*id)
     }
 
     /// How many devices have a connection of their own.
@@ -245,7 +268,7 @@ impl Mounter {
                         f();
                     }
                     Todo::Gone(serial) => {
-                        let own = state.own.remove(&serial);
+                        let own = state.take(serial);
                         drop(state);
                         drop(own);
                     }
@@ -260,7 +283,7 @@ impl Mounter {
                 (idle && now.saturating_duration_since(since) >= self.idle).then_some(*serial)
             });
             if let Some(serial) = expired {
-                let own = state.own.remove(&serial);
+                let own = state.take(serial);
                 drop(state);
                 drop(own);
                 state = self.state();
