@@ -114,7 +114,7 @@ fn holder(holder: &Holder) -> String {
     match holder.via {
         Via::Device => name,
         Via::Group => format!("{name} by its group"),
-        Via::Opener => format!("{name}, which passed it on"),
+        Via::Opener => format!("{name}, gone, whose file lives on"),
     }
 }
 
@@ -297,8 +297,10 @@ fn flatten(node: &Node, own: &str, below: &str, rows: &mut Vec<(String, String)>
 pub(crate) fn show(style: Style, show: &Show) -> String {
     let device = &show.device;
     let mut text = String::new();
+    let names = show.attributes.iter().map(|(name, _)| name.chars().count());
+    let wide = names.max().unwrap_or(0).max(12);
     let mut line = |key: &str, value: String| {
-        let _ = writeln!(text, "{} {value}", style.dim(&format!("{key:<12}")));
+        let _ = writeln!(text, "{} {value}", style.dim(&format!("{key:<wide$}")));
     };
     line("device", style.bold(device.label()));
     line("address", device.address.clone());
@@ -353,7 +355,7 @@ pub(crate) fn show(style: Style, show: &Show) -> String {
     for irq in &show.irqs {
         line(
             &format!("irq {}", irq.index),
-            format!("{} vectors, flags {:#x}", irq.count, irq.flags),
+            format!("{}, flags {:#x}", irq.count, irq.flags),
         );
     }
     for (name, value) in &show.attributes {
@@ -422,7 +424,7 @@ pub(crate) fn who(style: Style, device: &str, list: &[Holder]) -> String {
             holds.push(format!("{} KiB mapped", one.mapped_bytes / 1024));
         }
         if one.via == Via::Opener {
-            holds.push("nothing any more: it opened it".to_owned());
+            holds.push("opened it; who has it now cannot be seen".to_owned());
         }
         let since = match (one.since_us, one.since_open) {
             (None, _) => "?".to_owned(),

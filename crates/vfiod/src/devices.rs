@@ -4,7 +4,7 @@ use client_process::{Pid, holders};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use vfio_core::Core;
 use vfio_core::device::{Device, Life};
 use vfio_core::event::{Event, Notice, Subscription, What};
@@ -353,7 +353,8 @@ fn group(group: &IommuGroup) -> Group {
     }
 }
 
-/// Who opened it, one entry a process.
+/// Who opened it, one entry a process. A process that is gone has passed the file on: what holds it
+/// now, a look through /proc tells.
 fn openers(device: &Device) -> Vec<Holder> {
     let mut list: Vec<Holder> = Vec::new();
     for file in device.files() {
@@ -361,10 +362,12 @@ fn openers(device: &Device) -> Vec<Holder> {
         if list.iter().any(|other| other.pid == opener.pid) {
             continue;
         }
-        let alive = Path::new(&format!("/proc/{}", opener.pid)).exists();
+        let now = command_now(opener.pid, opener.since);
+        let alive = now.is_some();
         list.push(Holder {
             pid: opener.pid,
-            command: opener.comm.clone(),
+            // A shell that opens a file for a command becomes the command.
+            command: now.unwrap_or_else(|| opener.comm.clone()),
             since_us: micros(opener.since),
             since_open: true,
             fds: Vec::new(),
@@ -373,6 +376,28 @@ fn openers(device: &Device) -> Vec<Holder> {
         });
     }
     list
+}
+
+/// The name of a process that had started by `since`; one that started later has only its number.
+fn command_now(pid: u32, since: SystemTime) -> Option<String> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let rest = stat.get(stat.rfind(')')? + 1..)?;
+    let ticks: u64 = rest.split_whitespace().nth(19)?.parse().ok()?;
+    let hertz = rustix::param::clock_ticks_per_second().max(1);
+    let started = Duration::from_millis(ticks.saturating_mul(1000) / hertz);
+    let boot = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let uptime = Duration::new(
+        u64::try_from(boot.tv_sec).ok()?,
+        u32::try_from(boot.tv_nsec).ok()?,
+    );
+    let age = uptime.saturating_sub(started);
+    // The clock of processes counts in hundredths of a second.
+    let slack = Duration::from_millis(50);
+    if SystemTime::now().checked_sub(age + slack)? > since {
+        return None;
+    }
+    let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    Some(comm.trim_end_matches('\n').to_owned())
 }
 
 /// An event in the words of the control socket.
