@@ -276,7 +276,9 @@ fn remove_with_an_open_file_waits() {
     let vfio = world.sysfs.walk("/class/vfio-dev/vfio0").unwrap();
     let waiting = world.write_waits(&format!("{}/remove", mdev(UUID)), "1\n");
     let (sender, answer) = std::sync::mpsc::channel();
-    waiting.on_done(move |result| drop(sender.send(result)));
+    waiting.on_done(move |result| {
+        let _ = sender.send(result);
+    });
     assert!(answer.try_recv().is_err());
 
     // What is left of it, as on Linux 7.3: one link, the group, the name.
