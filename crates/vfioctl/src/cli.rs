@@ -31,14 +31,8 @@ pub(crate) struct Global {
     /// The daemon's control socket.
     #[arg(long, global = true, value_name = "PATH", env = "VFIOD_SOCKET")]
     pub(crate) socket: Option<PathBuf>,
-    /// The directory given to `vfiod serve --root`.
-    #[arg(
-        long,
-        global = true,
-        value_name = "DIR",
-        conflicts_with = "socket",
-        env = "VFIOD_ROOT"
-    )]
+    /// The directory given to `vfiod serve --root`; --socket goes before it.
+    #[arg(long, global = true, value_name = "DIR", env = "VFIOD_ROOT")]
     pub(crate) root: Option<PathBuf>,
     /// Read this sysfs tree and ask no daemon.
     #[arg(long, global = true, value_name = "DIR")]

@@ -64,6 +64,9 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
     let global = &cli.global;
     match &cli.command {
         Command::InternalWrite { file, text } => return crate::plain::internal_write(file, text),
+        Command::InternalUevents { pid } => {
+            return crate::run::internal_uevents(daemon(global)?, *pid);
+        }
         Command::Events => return events(global),
         Command::Status => return status(global),
         Command::Run { uevents, command } => return crate::run::run(global, *uevents, command),
@@ -231,7 +234,7 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
 }
 
 /// The socket to use, and whether somebody asked for this one.
-fn socket(global: &Global) -> (PathBuf, bool) {
+pub(crate) fn socket(global: &Global) -> (PathBuf, bool) {
     match (&global.socket, &global.root) {
         (Some(socket), _) => (socket.clone(), true),
         (None, Some(root)) => (root.join("vfiod.sock"), true),

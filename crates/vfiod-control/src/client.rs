@@ -113,6 +113,14 @@ impl Client {
         }
     }
 
+    /// The connection once more: shut it down, and whoever waits for a reply gets the end.
+    ///
+    /// # Errors
+    /// `EMFILE` and the like.
+    pub fn stream(&self) -> io::Result<UnixStream> {
+        self.reader.get_ref().try_clone()
+    }
+
     /// A limit on how long [`reply`](Client::reply) waits.
     ///
     /// # Errors

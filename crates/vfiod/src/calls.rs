@@ -5,7 +5,7 @@ use crate::control::Peer;
 use crate::devices::{self, Found, Look, Requests};
 use rustix::io::Errno;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -31,6 +31,7 @@ const QUEUE: usize = 8192;
 pub(crate) struct Server {
     pub(crate) core: Core,
     pub(crate) mounts: Arc<Mutex<Option<Mounts>>>,
+    pub(crate) merge: Mutex<Option<vfio_fuse::Sys>>,
     pub(crate) requests: Requests,
     pub(crate) sys: PathBuf,
     pub(crate) dev: PathBuf,
@@ -493,12 +494,30 @@ impl Server {
         }
     }
 
+    /// Takes the merge tree away, if it was ever asked for.
+    pub(crate) fn unmount_merge(&self) {
+        let merge = self
+            .merge
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        drop(merge);
+    }
+
+    /// Mounts the merge tree at the first request; it stays as long as the daemon.
     fn merge_tree(&self) -> Result<Answer, Stop> {
-        Err(fail(
-            FailureKind::Failed,
-            "this vfiod has no merge tree".to_owned(),
-        )
-        .into())
+        let mut merge = self.merge.lock().unwrap_or_else(PoisonError::into_inner);
+        let path = self.sys.with_file_name("merge");
+        if merge.is_none() {
+            crate::daemon::clear_stale(&path);
+            let made = vfio_fuse::Sys::merged(&self.core, &path, Path::new("/sys"));
+            *merge = Some(made.map_err(|errno| {
+                errno_failure(errno, format!("cannot mount {}: {errno}", path.display()))
+            })?);
+        }
+        Ok(Answer::Merge {
+            path: path.to_string_lossy().into_owned(),
+        })
     }
 }
 

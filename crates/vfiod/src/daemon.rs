@@ -93,6 +93,7 @@ pub(crate) fn serve(serve: &Serve) -> anyhow::Result<()> {
     let _lock = lock(&places.root)?;
     clear_stale(&places.sys());
     clear_stale(&places.dev());
+    clear_stale(&places.root.join("merge"));
 
     let core = Core::new(core_config(&config));
     let log = core.subscribe(log_event);
@@ -110,6 +111,7 @@ pub(crate) fn serve(serve: &Serve) -> anyhow::Result<()> {
     let server = Arc::new(Server {
         core: core.clone(),
         mounts: Arc::clone(&mounts),
+        merge: Mutex::default(),
         requests,
         sys: places.sys(),
         dev: places.dev(),
@@ -120,7 +122,7 @@ pub(crate) fn serve(serve: &Serve) -> anyhow::Result<()> {
         Some(group) => Some(id("/etc/group", group)?),
         None => id("/etc/group", "vfio").ok(),
     };
-    let control = Control::start(&places.socket(), group, server)?;
+    let control = Control::start(&places.socket(), group, Arc::clone(&server))?;
     tracing::info!(
         "vfiod {} serves {}, {} and {}",
         env!("CARGO_PKG_VERSION"),
@@ -145,6 +147,8 @@ pub(crate) fn serve(serve: &Serve) -> anyhow::Result<()> {
         .map_or(Duration::from_secs(10), |time| time.0);
     take_apart(&core, &parents, patience, &mut signals);
     drop(parents);
+    server.unmount_merge();
+    drop(server);
     let mounted = mounts.lock().unwrap_or_else(PoisonError::into_inner).take();
     if let Some(mounts) = mounted {
         mounts.stop();
@@ -368,7 +372,7 @@ fn lock(root: &Path) -> anyhow::Result<OwnedFd> {
 }
 
 /// Takes away what a daemon that was killed has left: a mount whose server is gone.
-fn clear_stale(place: &Path) {
+pub(crate) fn clear_stale(place: &Path) {
     for _ in 0..16 {
         match rustix::fs::stat(place) {
             Err(Errno::NOTCONN | Errno::CONNABORTED) => {

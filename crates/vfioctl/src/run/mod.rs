@@ -1,0 +1,200 @@
+//! `vfioctl run`: a command that finds vfiod's devices beside the machine's own.
+//!
+//! The command gets a mount namespace in which everything mounted outside goes on arriving and
+//! nothing of ours gets out. Over `/sys` lies the daemon's merge tree, a live listing of its
+//! directories and the machine's; on each entry that is only the machine's, the real thing is bound.
+//! Over `/dev` lies a tmpfs with the machine's entries bound into it and the daemon's `vfio` and
+//! `iommu` beside them. Then this process becomes the command: signals and exit status are its own.
+
+mod net;
+mod tree;
+
+use crate::cli::Global;
+use crate::fail::{Fail, Result};
+use nix::sched::CloneFlags;
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{
+    MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount_change, move_mount, open_tree,
+};
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use vfiod_control::view::Status;
+use vfiod_control::{Answer, Call, Client};
+
+/// Exit code for what `run` itself could not do, as `env`, `nohup` and `chroot` have it.
+const OWN_FAILURE: u8 = 125;
+/// The command is there and cannot be run.
+const CANNOT_RUN: u8 = 126;
+/// There is no such command.
+const NO_COMMAND: u8 = 127;
+
+pub(crate) use net::internal_uevents;
+
+/// Becomes the command; returns only if that failed.
+pub(crate) fn run(global: &Global, uevents: bool, command: &[OsString]) -> Result<ExitCode> {
+    let own = |fail: Fail| Fail {
+        code: OWN_FAILURE,
+        ..fail
+    };
+    let mut client = crate::commands::daemon(global).map_err(own)?;
+    let places = places(&mut client).map_err(own)?;
+    drop(client);
+    enter(&places, uevents).map_err(own)?;
+    if uevents {
+        eprintln!("vfioctl: a network namespace of its own: uevents, and no network but loopback");
+        net::start(&crate::commands::socket(global).0).map_err(own)?;
+    }
+    let Some((program, arguments)) = command.split_first() else {
+        return Err(own(Fail::failed("no command")));
+    };
+    let error = Command::new(program)
+        .args(arguments)
+        // libudev believes only in a sysfs of the kernel's unless told (systemd,
+        // `src/libsystemd/sd-device/sd-device.c`).
+        .env("SYSTEMD_DEVICE_VERIFY_SYSFS", "0")
+        .exec();
+    Err(Fail {
+        code: match error.kind() {
+            std::io::ErrorKind::NotFound => NO_COMMAND,
+            _ => CANNOT_RUN,
+        },
+        message: format!("{}: {error}", program.to_string_lossy()),
+    })
+}
+
+/// Where the daemon's trees are.
+struct Places {
+    /// Its sysfs.
+    sys: PathBuf,
+    /// Its nodes.
+    dev: PathBuf,
+    /// Its sysfs with places for the machine's.
+    merge: PathBuf,
+}
+
+fn places(client: &mut Client) -> Result<Places> {
+    let Answer::Status(Status {
+        sys: Some(sys),
+        dev: Some(dev),
+        ..
+    }) = client.call(Call::Status, |_| {})?
+    else {
+        return Err(Fail::failed("this vfiod has nothing mounted"));
+    };
+    let Answer::Merge { path: merge } = client.call(Call::MergeTree, |_| {})? else {
+        return Err(Fail::failed("this vfiod has no merge tree"));
+    };
+    for path in [&sys, &dev, &merge] {
+        let there = rustix::fs::statfs(path.as_str());
+        if there.is_ok_and(|fs| fs.f_type == FUSE_SUPER_MAGIC) {
+            continue;
+        }
+        return Err(Fail::failed(format!(
+            "{path} is not mounted here: vfiod runs in another mount namespace; run vfioctl in the \
+             same"
+        )));
+    }
+    Ok(Places {
+        sys: sys.into(),
+        dev: dev.into(),
+        merge: merge.into(),
+    })
+}
+
+/// `include/uapi/linux/magic.h`
+const FUSE_SUPER_MAGIC: rustix::fs::FsWord = 0x6573_5546;
+
+/// Moves this process into the namespaces and builds both trees.
+fn enter(places: &Places, uevents: bool) -> Result {
+    let here = std::env::current_dir().ok();
+    let mut flags = CloneFlags::CLONE_NEWNS;
+    if uevents {
+        flags |= CloneFlags::CLONE_NEWNET;
+    }
+    unshare(flags)?;
+    // What is mounted outside from now on arrives here (each device in use has a mount of its
+    // own); what is mounted here stays here.
+    private()?;
+    let say = |what: &str, path: &Path| {
+        let text = format!("{what} {}", path.display());
+        move |errno: Errno| Fail::failed(format!("{text}: {errno}"))
+    };
+    let sys = Path::new("/sys");
+    tree::merge_sys(&places.sys, &places.merge, sys).map_err(say("merging", sys))?;
+    let dev = Path::new("/dev");
+    tree::merge_dev(&places.dev, dev).map_err(say("merging", dev))?;
+    if let Some(here) = here {
+        // Otherwise a command started below /sys or /dev would still be in the tree underneath.
+        let _ = std::env::set_current_dir(here);
+    }
+    Ok(())
+}
+
+/// `unshare()`; without the right to, in a user namespace with the same ids.
+fn unshare(flags: CloneFlags) -> Result {
+    let refused = |errno: nix::Error| {
+        Fail::failed(format!(
+            "no mount namespace: {errno}; be root, or allow user namespaces"
+        ))
+    };
+    match nix::sched::unshare(flags) {
+        Ok(()) => return Ok(()),
+        Err(nix::Error::EPERM) => {}
+        Err(errno) => return Err(refused(errno)),
+    }
+    let (uid, gid) = (
+        rustix::process::geteuid().as_raw(),
+        rustix::process::getegid().as_raw(),
+    );
+    nix::sched::unshare(flags | CloneFlags::CLONE_NEWUSER).map_err(refused)?;
+    for (file, text) in [
+        ("setgroups", "deny".to_owned()),
+        ("uid_map", format!("{uid} {uid} 1")),
+        ("gid_map", format!("{gid} {gid} 1")),
+    ] {
+        std::fs::write(format!("/proc/self/{file}"), text)
+            .map_err(|error| Fail::failed(format!("user namespace, {file}: {error}")))?;
+    }
+    Ok(())
+}
+
+/// Makes all mounts slaves of those outside.
+fn private() -> Result {
+    let slave = || {
+        mount_change(
+            "/",
+            MountPropagationFlags::REC | MountPropagationFlags::DOWNSTREAM,
+        )
+    };
+    let result = match slave() {
+        // The root is no mount point (a chroot): it becomes one.
+        Err(Errno::INVAL) => root_as_mount().and_then(|()| slave()),
+        other => other,
+    };
+    result.map_err(|errno| Fail::failed(format!("mount propagation: {errno}")))
+}
+
+fn root_as_mount() -> std::result::Result<(), Errno> {
+    let root = open_tree(
+        CWD,
+        "/",
+        OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_RECURSIVE,
+    )?;
+    move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    rustix::process::fchdir(&root)?;
+    rustix::process::chroot(".")
+}
+
+/// A place that can be come back to when something else lies over it.
+fn hold(path: &Path) -> std::result::Result<rustix::fd::OwnedFd, Errno> {
+    rustix::fs::open(
+        path,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+}
