@@ -49,6 +49,8 @@ enum Kind {
     Unit,
     /// Examples in the documentation.
     Doc,
+    /// The life cycle's threads under many schedules.
+    Schedules,
     /// What the end-to-end tests are made with.
     Harness,
     /// One file of `tests/tests`.
@@ -160,6 +162,7 @@ fn suites(root: &Path) -> Result<Vec<Suite>> {
     let mut suites = [
         ("unit", Kind::Unit),
         ("doc", Kind::Doc),
+        ("schedules", Kind::Schedules),
         ("harness", Kind::Harness),
     ]
     .map(|(name, kind)| Suite {
@@ -221,6 +224,14 @@ fn run_suite(
             "--tests",
         ]),
         Kind::Doc => command.args(["--workspace", "--doc"]),
+        Kind::Schedules => command.args([
+            "--package",
+            "vfio-core",
+            "--features",
+            "shuttle",
+            "--lib",
+            "explored",
+        ]),
         Kind::Harness => command.args(["--package", END_TO_END, "--lib"]),
         Kind::EndToEnd => command.args(["--package", END_TO_END, "--test", &suite.name]),
     };
