@@ -23,7 +23,7 @@
 //!
 //! # Rules for a handler
 //! - A request is answered through its reply, at once or later, from any thread. A reply dropped without answer is EIO and a warning.
-//! - INTERRUPT is always acted on: a parked request is told ([`ReplyWrite::on_interrupt`] and the same on all replies), and one that is not answered within
+//! - INTERRUPT is always acted on: a parked request is told ([`ReplyWrite::park`] and the same on all replies), and one that is not answered within
 //!   [`Config::interrupt_grace`] is answered EINTR by the crate. A later answer is [`Answered::TooLate`], and what it would have granted must be
 //!   taken back. Without this a killed client would stay in state D until the connection ends (`fs/fuse/dev.c`, `request_wait_answer`).
 //! - A handler may be slow: [`Workers`] puts a substitute in its place. It gets SIGURG meanwhile, so its system calls can end with EINTR.
@@ -77,6 +77,7 @@ pub use mount::Root;
 pub use passthrough::BackingId;
 pub use reply::Answered;
 pub use reply::Opened;
+pub use reply::Parked;
 pub use reply::ReplyAttr;
 pub use reply::ReplyCreate;
 pub use reply::ReplyData;

@@ -12,9 +12,11 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::path::PathBuf;
 
+use rustix::fs::AtFlags;
 use rustix::fs::CWD;
 use rustix::fs::Mode;
 use rustix::fs::OFlags;
+use rustix::fs::StatxFlags;
 use rustix::io::Errno;
 use rustix::mount::FsMountFlags;
 use rustix::mount::FsOpenFlags;
@@ -145,6 +147,7 @@ impl DetachedMount {
         )?;
         let mount = Mount {
             path: path.to_owned(),
+            id: mount_id(self.mount.as_fd()),
             attached: true,
         };
         if self.shared {
@@ -164,6 +167,7 @@ impl DetachedMount {
         rustix::mount::move_mount(self.mount.as_fd(), "", place, "", flags)?;
         let mount = Mount {
             path: path.to_owned(),
+            id: mount_id(self.mount.as_fd()),
             attached: true,
         };
         if self.shared {
@@ -180,10 +184,13 @@ impl AsFd for DetachedMount {
     }
 }
 
-/// An attached mount. Dropping it unmounts.
+/// An attached mount. Dropping it unmounts, if it is still there: a later mount at the same place is left alone. Unmounting walks the path, so it must
+/// not happen on a thread that a FUSE server on the way needs.
 #[derive(Debug)]
 pub struct Mount {
     path: PathBuf,
+    /// Tells this mount from another that came to the same place later.
+    id: Option<u64>,
     attached: bool,
 }
 
@@ -197,7 +204,7 @@ impl Mount {
     /// closed and no other namespace holds a copy of the mount.
     ///
     /// # Errors
-    /// EINVAL when it was already unmounted by somebody else.
+    /// EINVAL when it is not there any more (unmounted by somebody else, or gone with the name it stood on), ENOENT when its place is gone too.
     pub fn unmount(mut self) -> Result<(), Errno> {
         self.detach()
     }
@@ -212,7 +219,19 @@ impl Mount {
         if !std::mem::replace(&mut self.attached, false) {
             return Ok(());
         }
-        rustix::mount::unmount(&self.path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let there = rustix::fs::open(&self.path, flags, Mode::empty())?;
+        if self.id.is_some() && mount_id(there.as_fd()) != self.id {
+            return Err(Errno::INVAL);
+        }
+        // Through the descriptor, so that what is unmounted is what was looked at.
+        let exact = format!("/proc/self/fd/{}", there.as_raw_fd());
+        match rustix::mount::unmount(exact, UnmountFlags::DETACH) {
+            Err(Errno::NOENT) => {
+                rustix::mount::unmount(&self.path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+            }
+            done => done,
+        }
     }
 }
 
@@ -222,4 +241,15 @@ impl Drop for Mount {
             tracing::debug!(path = %self.path.display(), %error, "the mount was not there any more");
         }
     }
+}
+
+/// The kernel's number of the mount a descriptor refers to: `STATX_MNT_ID_UNIQUE` (Linux 6.8), or before that `STATX_MNT_ID`, which a later mount may
+/// get again. Asks the kernel only, not the server.
+fn mount_id(fd: BorrowedFd<'_>) -> Option<u64> {
+    const MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let statx = rustix::fs::statx(fd, "", flags, StatxFlags::MNT_ID | MNT_ID_UNIQUE).ok()?;
+    let got = StatxFlags::from_bits_retain(statx.stx_mask);
+    got.intersects(StatxFlags::MNT_ID | MNT_ID_UNIQUE)
+        .then_some(statx.stx_mnt_id)
 }

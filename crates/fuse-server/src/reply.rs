@@ -4,6 +4,8 @@ use std::ffi::OsStr;
 use std::io::IoSlice;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -97,6 +99,23 @@ impl std::fmt::Debug for Reply {
     }
 }
 
+/// A reply that waits for its answer; whoever takes it first, the owner or the interrupt, gives the answer.
+#[derive(Debug)]
+#[must_use = "a parked reply that is dropped can only be answered by its interrupt"]
+pub struct Parked<R> {
+    reply: Arc<Mutex<Option<R>>>,
+}
+
+impl<R> Parked<R> {
+    /// The reply, unless its interrupt has it.
+    pub fn take(&self) -> Option<R> {
+        self.reply
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+}
+
 macro_rules! reply {
     ($(#[$doc:meta])* $name:ident $(, $field:ident: $ty:ty)*) => {
         $(#[$doc])*
@@ -115,9 +134,24 @@ macro_rules! reply {
                 self.inner.shared.table().is_interrupted(self.inner.slot, self.inner.unique)
             }
 
-            /// Calls `callback` once when the caller is interrupted or the connection ends; at once, on this thread, when that has already happened.
-            /// Otherwise it runs on the thread that reads the INTERRUPT: it must not block. A parked reply is best kept where the callback can
-            /// take it out and answer EINTR. If nobody answers within the connection's grace, the crate answers EINTR.
+            /// Keeps the reply for later. When the caller is interrupted or the connection ends before [`Parked::take`], `interrupted` gets it, to
+            /// answer EINTR as a rule: on the thread that reads the INTERRUPT, or on this one when it has already come. It must not block, and no lock
+            /// it takes may be held around this call. If nobody answers within the connection's grace, the crate answers EINTR.
+            pub fn park(self, interrupted: impl FnOnce(Self) + Send + 'static) -> Parked<Self> {
+                let (shared, slot, unique) = (Arc::clone(&self.inner.shared), self.inner.slot, self.inner.unique);
+                let parked = Parked { reply: Arc::new(Mutex::new(Some(self))) };
+                let other = Parked { reply: Arc::clone(&parked.reply) };
+                shared.on_interrupt(slot, unique, Box::new(move || {
+                    if let Some(reply) = other.take() {
+                        interrupted(reply);
+                    }
+                }));
+                parked
+            }
+
+            /// Calls `callback` once when the caller is interrupted or the connection ends; at once, on this thread, when that has already happened, so
+            /// no lock it takes may be held around this call. Otherwise it runs on the thread that reads the INTERRUPT: it must not block. For work
+            /// that can be cut short; a reply that just waits is better parked.
             pub fn on_interrupt(&self, callback: impl FnOnce() + Send + 'static) {
                 self.inner.shared.on_interrupt(self.inner.slot, self.inner.unique, Box::new(callback));
             }

@@ -34,6 +34,7 @@ use fuse_server::MountOptions;
 use fuse_server::OpenFlags;
 use fuse_server::Opened;
 use fuse_server::Operation;
+use fuse_server::Parked;
 use fuse_server::Policy;
 use fuse_server::ReplyData;
 use fuse_server::ReplyOpen;
@@ -146,6 +147,26 @@ fn a_single_file_is_a_mount_of_its_own() {
 }
 
 #[test]
+fn dropping_a_mount_leaves_a_later_one_at_its_place_alone() {
+    let Some(tree) = Tree::mount() else { return };
+    let Tree {
+        mount,
+        workers,
+        place,
+        ..
+    } = tree;
+    rustix::mount::unmount(place.path(), rustix::mount::UnmountFlags::DETACH)
+        .expect("by somebody else");
+    assert!(workers.wait(PATIENCE));
+    let options = MountOptions::default();
+    let (_, _, workers, later) = common::serve(&options, place.path(), Box::new(pass));
+    assert_eq!(mount.unmount(), Err(Errno::INVAL));
+    assert!(place.path().join("n").exists());
+    later.unmount().expect("still there");
+    assert!(workers.wait(PATIENCE));
+}
+
+#[test]
 fn raw_ioctl_numbers_bring_their_argument_and_sized_ones_their_bytes() {
     let caller = Arc::new(AtomicU64::new(0));
     let seen = Arc::clone(&caller);
@@ -219,17 +240,11 @@ fn raw_ioctl_numbers_bring_their_argument_and_sized_ones_their_bytes() {
 
 #[test]
 fn a_parked_request_ends_with_eintr_by_its_callback() {
-    let parked = Arc::new(Mutex::new(None::<ReplyData>));
+    let parked = Arc::new(Mutex::new(None::<Parked<ReplyData>>));
+    let keep = Arc::clone(&parked);
     let Some(tree) = Tree::hooked(on_read(100, move |reply| {
-        let slot = Arc::clone(&parked);
-        let mut parked = parked.lock().expect("not poisoned");
-        reply.on_interrupt(move || {
-            let reply = slot.lock().expect("not poisoned").take();
-            if let Some(reply) = reply {
-                assert_eq!(reply.error(Errno::INTR), Answered::Delivered);
-            }
-        });
-        *parked = Some(reply);
+        let waiting = reply.park(|reply| assert_eq!(reply.error(Errno::INTR), Answered::Delivered));
+        *keep.lock().expect("not poisoned") = Some(waiting);
     })) else {
         return;
     };
@@ -241,8 +256,83 @@ fn a_parked_request_ends_with_eintr_by_its_callback() {
         "by the callback, not by the grace: {took:?}"
     );
     assert_eq!(tree.connection.in_flight(), 0);
+    let waiting = parked.lock().expect("not poisoned").take().expect("parked");
+    assert!(waiting.take().is_none());
     drop(file);
     tree.end();
+}
+
+#[test]
+fn interrupts_that_overtake_their_requests_are_not_lost() {
+    if !common::able() {
+        return;
+    }
+    let (fd, detached) = MountOptions::default().create().expect("mount");
+    // Without grace to speak of: only the interrupt itself can end a request.
+    let config = Config {
+        interrupt_grace: Duration::from_secs(3600),
+        ..Config::default()
+    };
+    let connection = Connection::new(fd, &config).expect("INIT");
+    let parked = Mutex::new(Vec::new());
+    let handler = move |request: Request<'_>| {
+        if let Operation::Statfs { reply } = request.op {
+            reply.interrupt_at_once();
+            parked.lock().expect("not poisoned").push(reply);
+        } else {
+            let _ = request.op.error(Errno::NOENT);
+        }
+    };
+    // Two readers: one gets the request, the other its interrupt.
+    let policy = Policy {
+        threads: 2,
+        ..Policy::default()
+    };
+    let workers = Workers::start(connection.clone(), Arc::new(handler), policy).expect("threads");
+    let place = Place::new();
+    let mount = detached.attach(place.path()).expect("attach");
+    std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..4)
+            .map(|_| {
+                let (send, receive) = mpsc::channel();
+                let path = place.path();
+                let client = scope.spawn(move || {
+                    let tid = rustix::thread::gettid().as_raw_nonzero().get();
+                    send.send(tid).expect("the test waits");
+                    // A signal that comes before the call is lost, and the next one ends it.
+                    (0..300).all(|_| rustix::fs::statfs(path).err() == Some(Errno::INTR))
+                });
+                (receive.recv().expect("the client starts"), client)
+            })
+            .collect();
+        let start = Instant::now();
+        while clients.iter().any(|(_, client)| !client.is_finished()) {
+            if start.elapsed() > PATIENCE {
+                // Ends the connection, or the clients would never go away.
+                let flags =
+                    rustix::mount::UnmountFlags::FORCE | rustix::mount::UnmountFlags::DETACH;
+                let _ = rustix::mount::unmount(place.path(), flags);
+                panic!(
+                    "an interrupt was lost; {} requests under way",
+                    connection.in_flight()
+                );
+            }
+            for (tid, client) in &clients {
+                if !client.is_finished() {
+                    signal(*tid);
+                }
+            }
+            std::thread::yield_now();
+        }
+        assert!(
+            clients
+                .into_iter()
+                .all(|(_, client)| client.join().expect("no panic"))
+        );
+    });
+    assert_eq!(connection.in_flight(), 0);
+    mount.unmount().expect("unmount");
+    assert!(workers.wait(PATIENCE));
 }
 
 #[test]
