@@ -1,0 +1,260 @@
+//! A device whose client gave it memory behind a userfaultfd that nobody serves. The kernel does
+//! not wait for it on behalf of `/proc/PID/mem` (`fs/userfaultfd.c`, `handle_userfault`, without
+//! `FAULT_FLAG_ALLOW_RETRY`), so the access ends in `EFAULT`.
+
+#![expect(
+    unsafe_code,
+    reason = "a mapping for userfaultfd, and its two ioctls, have no safe form"
+)]
+
+use client_process::{Caller as Thread, Memory};
+use rustix::ioctl::{Updater, ioctl, opcode};
+use rustix::mm::{MapFlags, ProtFlags, UserfaultfdFlags, mmap_anonymous, userfaultfd};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::{Duration, SystemTime};
+use vfio_core::caller::{Caller, Capability};
+use vfio_core::device::{
+    DeviceFile, DeviceInfo, DeviceOps, Dma, InitCx, IrqInfo, OpenCx, Opener, RegionInfo, RegionPos,
+};
+use vfio_core::iommufd::Iommufd;
+use vfio_core::irq::SetIrqs;
+use vfio_core::model::{BusDevice, VfioDriver, faux};
+use vfio_core::{Config, Core, Errno, Result};
+use vfio_uapi::UserMemory;
+use vfio_uapi::device::{AttachIommufdPt, BindIommufd, InfoFlags, IrqFlags, RegionFlags};
+use vfio_uapi::ioctl as cmd;
+use vfio_uapi::iommufd::{IoasAlloc, IoasMap, IoasUnmap, MapFlags as IovaFlags};
+
+const PAGE: usize = 4096;
+
+/// Longer than anything here takes, unless it hangs.
+const SOON: Duration = Duration::from_secs(20);
+
+/// Reading the device reads client memory at the offset.
+struct Reader;
+
+impl DeviceOps for Reader {
+    const NAME: &'static str = "reader";
+    type Args = ();
+    type Session = Dma;
+
+    fn init(_cx: &InitCx<'_>, (): ()) -> Result<Self> {
+        Ok(Reader)
+    }
+    fn open(&self, cx: &OpenCx<'_>) -> Result<Dma> {
+        Ok(cx.dma().clone())
+    }
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            flags: InfoFlags::PCI,
+            num_regions: 1,
+            num_irqs: 1,
+        }
+    }
+    fn region(&self, _index: u32) -> Result<RegionInfo> {
+        Ok(RegionInfo {
+            size: 1 << 20,
+            flags: RegionFlags::READ,
+            caps: Vec::new(),
+        })
+    }
+    fn irq(&self, _index: u32) -> Result<IrqInfo> {
+        Ok(IrqInfo {
+            flags: IrqFlags::EVENTFD,
+            count: 1,
+        })
+    }
+    fn read(&self, dma: &Dma, at: RegionPos, buf: &mut [u8]) -> Result<usize> {
+        dma.read(at.offset, buf).map(|()| buf.len())
+    }
+    fn write(&self, _dma: &Dma, _at: RegionPos, _data: &[u8]) -> Result<usize> {
+        Err(Errno::INVAL)
+    }
+    fn set_irqs(&self, _dma: &Dma, _request: SetIrqs<'_>) -> Result<u32> {
+        Err(Errno::NOTTY)
+    }
+}
+
+struct Driver;
+
+impl VfioDriver for Driver {
+    type Ops = Reader;
+    fn name(&self) -> &'static str {
+        "reader"
+    }
+    fn args(&self, _device: &Arc<BusDevice>) -> Result {
+        Ok(())
+    }
+}
+
+/// This thread, as a client with one context.
+struct Us(Arc<Iommufd>);
+
+impl Us {
+    fn thread(&self) -> Thread {
+        Thread::new(rustix::thread::gettid().as_raw_nonzero().get()).unwrap()
+    }
+}
+
+impl UserMemory for Us {
+    fn copy_in(&self, addr: u64, buf: &mut [u8]) -> Result {
+        self.thread().copy_in(addr, buf)
+    }
+    fn copy_out(&self, addr: u64, buf: &[u8]) -> Result {
+        self.thread().copy_out(addr, buf)
+    }
+}
+
+impl Caller for Us {
+    fn pid(&self) -> u32 {
+        std::process::id()
+    }
+    fn comm(&self) -> String {
+        "test".into()
+    }
+    fn capable(&self, _capability: Capability) -> bool {
+        true
+    }
+    fn get_fd(&self, fd: i32) -> Result<OwnedFd> {
+        self.thread().get_fd(fd)
+    }
+    fn iommufd(&self, _fd: i32) -> Result<Arc<Iommufd>> {
+        Ok(Arc::clone(&self.0))
+    }
+    fn memory(&self) -> Result<Arc<Memory>> {
+        Memory::of(self.thread())
+    }
+}
+
+fn at<T>(value: &mut T) -> u64 {
+    (&raw mut *value).expose_provenance() as u64
+}
+
+fn map(us: &Us, ioas_id: u32, user_va: u64, iova: u64) -> Result<u32> {
+    let mut arg = IoasMap {
+        size: 40,
+        flags: IovaFlags::FIXED_IOVA | IovaFlags::READABLE,
+        ioas_id,
+        reserved: 0,
+        user_va,
+        length: PAGE as u64,
+        iova,
+    };
+    us.0.ioctl(cmd::IOMMU_IOAS_MAP, at(&mut arg), us)
+}
+
+fn unmap(us: &Us, ioas_id: u32, iova: u64, length: u64) -> Result<u32> {
+    let mut arg = IoasUnmap {
+        size: 24,
+        ioas_id,
+        iova,
+        length,
+    };
+    us.0.ioctl(cmd::IOMMU_IOAS_UNMAP, at(&mut arg), us)
+}
+
+fn ioas(us: &Us) -> u32 {
+    let mut arg = IoasAlloc {
+        size: 12,
+        ..Default::default()
+    };
+    us.0.ioctl(cmd::IOMMU_IOAS_ALLOC, at(&mut arg), us).unwrap();
+    std::hint::black_box(&arg).out_ioas_id
+}
+
+fn attach(file: &DeviceFile, us: &Us, pt_id: u32) -> Result<u32> {
+    let mut arg = AttachIommufdPt {
+        argsz: 16,
+        pt_id,
+        ..Default::default()
+    };
+    file.ioctl(cmd::VFIO_DEVICE_ATTACH_IOMMUFD_PT, at(&mut arg), us)
+}
+
+/// A device bound to the context and attached.
+fn open(core: &Core, name: &str, us: &Us, ioas: u32) -> (faux::Device, Arc<DeviceFile>) {
+    let made = faux::Device::create(core, name, Driver).unwrap();
+    let device = core.devices().pop().unwrap();
+    let opener = Opener {
+        pid: std::process::id(),
+        comm: "test".into(),
+        since: SystemTime::now(),
+        node: None,
+    };
+    let file = device.open_cdev(opener).unwrap();
+    let mut bind = BindIommufd {
+        argsz: 24,
+        ..Default::default()
+    };
+    file.ioctl(cmd::VFIO_DEVICE_BIND_IOMMUFD, at(&mut bind), us)
+        .unwrap();
+    attach(&file, us, ioas).unwrap();
+    (made, file)
+}
+
+/// `struct uffdio_api` and `struct uffdio_register` (`include/uapi/linux/userfaultfd.h`).
+const UFFDIO_API: rustix::ioctl::Opcode = opcode::read_write::<[u64; 3]>(0xaa, 0x3f);
+const UFFDIO_REGISTER: rustix::ioctl::Opcode = opcode::read_write::<[u64; 4]>(0xaa, 0x00);
+
+/// A page that makes whoever touches it wait, until the descriptor is closed. `None` where only root
+/// may make one.
+fn silent_page() -> Option<(u64, OwnedFd)> {
+    // SAFETY: creating the descriptor touches no memory.
+    let uffd = match unsafe { userfaultfd(UserfaultfdFlags::CLOEXEC) } {
+        Ok(uffd) => uffd,
+        Err(Errno::PERM) => return None,
+        Err(errno) => panic!("{errno}"),
+    };
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a fresh mapping at an address of the kernel's choice.
+    let page = unsafe { mmap_anonymous(std::ptr::null_mut(), PAGE, prot, MapFlags::PRIVATE) };
+    let page = page.unwrap().expose_provenance() as u64;
+    let mut api = [0xaa, 0, 0];
+    // SAFETY: the structure is as long as the command says.
+    unsafe { ioctl(&uffd, Updater::<UFFDIO_API, _>::new(&mut api)) }.unwrap();
+    const MISSING: u64 = 1;
+    let mut register = [page, PAGE as u64, MISSING, 0];
+    // SAFETY: as above; nothing of this program looks at the page.
+    unsafe { ioctl(&uffd, Updater::<UFFDIO_REGISTER, _>::new(&mut register)) }.unwrap();
+    Some((page, uffd))
+}
+
+#[test]
+fn dma_to_memory_of_a_silent_userfaultfd() {
+    let Some((silent, uffd)) = silent_page() else {
+        vfiod_tests::skip("userfaultfd for kernel accesses needs root");
+        return;
+    };
+    let core = Core::new(Config::default());
+    let us = Us(Iommufd::new());
+    let first = ioas(&us);
+    let mut good = vec![7u8; 2 * PAGE];
+    let good = at(&mut good[0]).next_multiple_of(PAGE as u64);
+    map(&us, first, silent, 0).unwrap();
+    map(&us, first, good, 0x10000).unwrap();
+    let (_made_one, one) = open(&core, "one", &us, first);
+    let (_made_two, two) = open(&core, "two", &us, first);
+    // On a thread of its own: if it waited after all, this test would say so and not hang.
+    let (done, ended) = mpsc::channel();
+    let file = Arc::clone(&one);
+    let reader = std::thread::spawn(move || done.send(file.read(0, &mut [0; 8])));
+    let mut buf = [0; 8];
+    assert_eq!(two.read(0x10000, &mut buf), Ok(8), "the other device");
+    assert_eq!(buf, [7; 8]);
+    assert_eq!(
+        ended.recv_timeout(SOON),
+        Ok(Err(Errno::FAULT)),
+        "not waited for"
+    );
+    reader.join().unwrap().unwrap();
+    assert_eq!(unmap(&us, first, 0, u64::MAX), Ok(0), "nothing hangs in it");
+    drop(uffd);
+    map(&us, first, silent, 0).unwrap();
+    assert_eq!(one.read(0, &mut buf), Ok(8), "it answers now");
+    assert_eq!(buf, [0; 8]);
+    two.release();
+    one.release();
+    us.0.close();
+}
