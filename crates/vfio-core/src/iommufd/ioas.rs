@@ -164,11 +164,11 @@ impl Ioas {
     fn take_back(&self, added: &[(Range, Arc<Area>)]) {
         for (range, area) in added {
             let mut inner = self.write();
-            let same = inner
-                .areas
-                .find(range.start())
-                .is_some_and(|(_, found)| Arc::ptr_eq(found, area));
-            let gone = same.then(|| inner.areas.remove(range.start()));
+            // Whoever closes the gate removes the area; an unmap may have been faster.
+            let gone = area
+                .gate()
+                .close()
+                .then(|| inner.areas.remove(range.start()));
             drop(inner);
             drop(gone);
         }
