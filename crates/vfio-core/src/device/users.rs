@@ -112,11 +112,6 @@ impl Users {
         }
     }
 
-    /// True once unregister has begun.
-    pub(crate) fn is_closed(&self) -> bool {
-        self.count.load(Ordering::Acquire) & CLOSED != 0
-    }
-
     fn put(&self) {
         let before = self.count.fetch_sub(1, Ordering::AcqRel);
         if before == CLOSED | 1 {
