@@ -56,7 +56,7 @@ impl DeviceFile {
     fn bind(&self, arg: u64, caller: &dyn Caller) -> Result {
         const MIN: usize = 16;
         let (mut bind, size) = iommufd::read::<BindIommufd, _>(caller, arg, MIN)?;
-        if bind.iommufd < 0 || bind.flags.intersects(!BindFlags::TOKEN) {
+        if bind.iommufd < 0 || !(bind.flags - BindFlags::TOKEN).is_empty() {
             return Err(Errno::INVAL);
         }
         let device = self.unbound()?;
@@ -275,7 +275,7 @@ fn feature(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
 
 fn attach(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
     let (mut attach, _) = vfio::read::<AttachIommufdPt, _>(caller, arg, 12)?;
-    if attach.flags.intersects(!AttachFlags::PASID) {
+    if !(attach.flags - AttachFlags::PASID).is_empty() {
         return Err(Errno::INVAL);
     }
     if attach.flags.contains(AttachFlags::PASID) {
@@ -299,7 +299,7 @@ fn attach(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
 
 fn detach(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
     let (mut detach, _) = vfio::read::<DetachIommufdPt, _>(caller, arg, 8)?;
-    if detach.flags.intersects(!DetachFlags::PASID) {
+    if !(detach.flags - DetachFlags::PASID).is_empty() {
         return Err(Errno::INVAL);
     }
     if detach.flags.contains(DetachFlags::PASID) {
