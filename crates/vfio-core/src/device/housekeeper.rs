@@ -101,6 +101,15 @@ impl Housekeeper {
         self.start(state);
     }
 
+    /// Looks at once whether what is kept must still be.
+    pub(crate) fn hurry(&self) {
+        let now = Instant::now();
+        for linger in &mut self.state().lingering {
+            linger.next = now;
+        }
+        self.changed.notify_all();
+    }
+
     fn start(self: &Arc<Self>, mut state: MutexGuard<'_, State>) {
         if state.running {
             drop(state);

@@ -4,14 +4,16 @@
 //! Client memory is only touched with no lock held.
 
 use super::file::{DeviceFile, Grant};
+use super::handle::Device;
 use super::ops::{Feature, GfxQuery, RegionCap};
-use super::shared::{Binding, GroupType};
+use super::shared::{Bind, Binding, GroupType, Session};
 use crate::caller::Caller;
 use crate::irq::{Action, Data, EventfdSource, SetIrqs, Trigger};
 use crate::{Errno, Result};
 use client_process::is_eventfd;
 use std::mem::offset_of;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use vfio_uapi::caps::{Caps, CapsBuilder, SparseMmapArea};
 use vfio_uapi::device::feature::{FeatureFlags, FeatureHeader};
 use vfio_uapi::device::{
@@ -24,6 +26,9 @@ use vfio_uapi::ioctl::DeviceIoctl;
 
 /// Most bytes of feature data that are looked at: every feature's structure is far smaller.
 const FEATURE_DATA_MAX: usize = 4096;
+
+/// How long BIND waits for the end of a close that has begun.
+const CLOSING: Duration = Duration::from_millis(100);
 
 impl DeviceFile {
     /// An ioctl. Returns what the client's `ioctl()` returns. Before BIND everything but BIND is
@@ -65,7 +70,7 @@ impl DeviceFile {
             return Err(Errno::INVAL);
         }
         let context = caller.iommufd(bind.iommufd)?;
-        let session = Arc::clone(&device.0).open(false, &mut || {
+        let session = open_once_closed(&device, &mut || {
             let binding: Box<dyn Binding> = context.bind(&device)?;
             Ok(Some(binding))
         })?;
@@ -75,6 +80,26 @@ impl DeviceFile {
         // A fault closes and unbinds again, by dropping the session; the file can bind later.
         caller.copy_out(at, &bind.out_devid.to_ne_bytes())?;
         self.give(session)
+    }
+}
+
+/// Opens the driver's device. In the kernel `close()` returns when the device is closed; here the
+/// close comes as a message, and the kernel lets go of the backing file after it
+/// (`fs/fuse/file.c`, `fuse_file_put`). So who finds the device open by no file any more waits a
+/// moment for the end of that close, and only a mapping that outlives its file is `EINVAL`.
+fn open_once_closed(device: &Device, bind: Bind<'_>) -> Result<Arc<dyn Session>> {
+    let until = Instant::now() + CLOSING;
+    loop {
+        let opened = Arc::clone(&device.0).open(false, bind);
+        let is_closing =
+            || device.0.is_open() && !device.files().iter().any(|file| file.is_bound());
+        match opened {
+            Err(Errno::INVAL) if Instant::now() < until && is_closing() => {
+                device.head().core.house().hurry();
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            opened => return opened,
+        }
     }
 }
 
