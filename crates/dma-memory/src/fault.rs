@@ -156,6 +156,8 @@ unsafe extern "C" {
 
 // The direction flag is clear at every call (System V ABI). A fault inside `rep movsb` leaves rcx at the
 // number of bytes that are left, and so does the loop for short copies, for which `rep` starts too slowly.
+// Long copies go by 4 KiB, with what is left behind the piece in r8: processors fetch ahead within a page
+// only, so the start of the next piece is asked for before this one is copied. A prefetch never faults.
 #[cfg(target_arch = "x86_64")]
 std::arch::global_asm!(
     ".text",
@@ -165,6 +167,7 @@ std::arch::global_asm!(
     ".type dma_memory_copy, @function",
     "dma_memory_copy:",
     "mov rcx, rdx",
+    "xor r8d, r8d",
     ".globl dma_memory_copy_begin",
     ".hidden dma_memory_copy_begin",
     "dma_memory_copy_begin:",
@@ -192,12 +195,29 @@ std::arch::global_asm!(
     "jnz 4b",
     "jmp 6f",
     "5:",
+    "cmp rcx, 8192",
+    "jb 8f",
+    "mov r8, rcx",
+    "7:",
+    ".set dma_memory_line, 4096",
+    ".rept 32",
+    "prefetcht0 [rsi + dma_memory_line]",
+    ".set dma_memory_line, dma_memory_line + 64",
+    ".endr",
+    "sub r8, 4096",
+    "mov ecx, 4096",
+    "rep movsb",
+    "cmp r8, 8192",
+    "jae 7b",
+    "mov rcx, r8",
+    "xor r8d, r8d",
+    "8:",
     "rep movsb",
     "6:",
     ".globl dma_memory_copy_end",
     ".hidden dma_memory_copy_end",
     "dma_memory_copy_end:",
-    "mov rax, rcx",
+    "lea rax, [rcx + r8]",
     "ret",
     ".size dma_memory_copy, . - dma_memory_copy",
     ".globl dma_memory_access_begin",

@@ -202,6 +202,32 @@ fn truncation_under_copies_is_a_fault_and_never_a_signal() {
 }
 
 #[test]
+fn long_copies_are_whole_and_say_how_far_they_came() {
+    let file = memfd(16 * PAGE);
+    let shared = FileRegistry::new().open(file.try_clone().unwrap()).unwrap();
+    let bytes: Vec<u8> = (0_u32..16 * 4096).map(|at| (at % 251) as u8).collect();
+    for len in [8191, 8192, 8193, 12_287, 12_288, 12_289, 50_001] {
+        for from in [0, 1, 63, 4095] {
+            shared.write(from as u64, &bytes[from..from + len]).unwrap();
+            let mut buf = vec![0; len];
+            shared.read(from as u64, &mut buf).unwrap();
+            assert!(buf == bytes[from..from + len], "{len} from {from}");
+        }
+    }
+    shared.write(0, &bytes).unwrap();
+    rustix::fs::ftruncate(&file, 10 * PAGE).unwrap();
+    for from in [0_usize, 1, 4095, 7 * 4096 + 5, 8 * 4096, 8 * 4096 + 1] {
+        let mut buf = vec![0; 16 * 4096 - from];
+        let done = 10 * 4096 - from;
+        let fault = Err(Fault { done });
+        assert_eq!(shared.read(from as u64, &mut buf), fault, "{from}");
+        assert!(buf[..done] == bytes[from..from + done], "{from}");
+        assert!(buf[done..].iter().all(|byte| *byte == 0), "{from}");
+        assert_eq!(shared.write(from as u64, &bytes[from..]), fault, "{from}");
+    }
+}
+
+#[test]
 fn a_fault_says_how_far_it_came() {
     let file = memfd(4 * PAGE);
     let shared = FileRegistry::new().open(file.try_clone().unwrap()).unwrap();
