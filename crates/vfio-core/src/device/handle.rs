@@ -153,7 +153,7 @@ impl Unregistering {
         let rundown = head.users.close();
         // Runs on whichever thread sees the last user go.
         let last = device.clone();
-        rundown.on_done(Box::new(move || last.unregistered()));
+        rundown.on_done(move || last.unregistered());
         Unregistering {
             device: Some(device),
             rundown,
@@ -186,7 +186,7 @@ impl Unregistering {
             device: device.downgrade(),
             rundown: Arc::clone(&rundown),
         };
-        rundown.on_done(Box::new(done));
+        rundown.on_done(done);
         if rundown.is_done() {
             return pending;
         }
@@ -268,7 +268,7 @@ impl Pending {
 
     /// Calls `f` at its end, at once if it has been reached.
     pub fn on_done(&self, f: impl FnOnce() + Send + 'static) {
-        self.rundown.on_done(Box::new(f));
+        self.rundown.on_done(f);
     }
 
     /// Does not wait any longer: as [`Unregistering::disassociate`].

@@ -72,12 +72,12 @@ impl Housekeeper {
             return;
         }
         let weak = Arc::downgrade(self);
-        rundown.on_done(Box::new(move || {
+        rundown.on_done(move || {
             // So that the list does not keep what has ended until its next turn.
             if let Some(house) = Weak::upgrade(&weak) {
                 house.changed.notify_all();
             }
-        }));
+        });
         let mut state = self.state();
         state.asks.push(Ask {
             device: device.downgrade(),

@@ -10,32 +10,38 @@ pub(crate) struct Sets {
     shared: Arc<Mutex<HashMap<u64, Weak<DeviceSet>>>>,
 }
 
-/// A set. Its lock is held around first open, last close, bind, attach and detach.
+/// A set that several devices may be in.
 #[derive(Debug)]
 pub(crate) struct DeviceSet {
-    key: Option<u64>,
+    key: u64,
     lock: Mutex<()>,
     sets: Weak<Mutex<HashMap<u64, Weak<DeviceSet>>>>,
 }
 
-/// A device's place in its set. Dropping it leaves the set; the last member frees it.
-#[derive(Clone, Debug)]
-pub(crate) struct Membership(Arc<DeviceSet>);
+/// A device's place in its set. Dropping it leaves the set; the last member frees it. The set's
+/// lock is held around first open, last close, bind, attach and detach.
+#[derive(Debug)]
+pub(crate) enum Membership {
+    /// In no table, since nobody can join it: the lock is all there is of it.
+    Alone(Mutex<()>),
+    /// With those who gave the same key.
+    Shared(Arc<DeviceSet>),
+}
 
 impl Sets {
     /// Joins the set with this key, which is made if nobody is in it.
     pub(crate) fn join(&self, key: u64) -> Membership {
         let mut sets = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(set) = sets.get(&key).and_then(Weak::upgrade) {
-            return Membership(set);
+            return Membership::Shared(set);
         }
         let set = Arc::new(DeviceSet {
-            key: Some(key),
+            key,
             lock: Mutex::new(()),
             sets: Arc::downgrade(&self.shared),
         });
         sets.insert(key, Arc::downgrade(&set));
-        Membership(set)
+        Membership::Shared(set)
     }
 
     #[cfg(test)]
@@ -48,36 +54,42 @@ impl Sets {
 }
 
 impl Membership {
-    /// A set of one, for devices that joined none: in no table, since nobody can join it.
+    /// A set of one, for devices that joined none.
     pub(crate) fn singleton() -> Membership {
-        Membership(Arc::new(DeviceSet {
-            key: None,
-            lock: Mutex::new(()),
-            sets: Weak::new(),
-        }))
+        Membership::Alone(Mutex::new(()))
     }
 
     /// The set's lock.
     pub(crate) fn lock(&self) -> MutexGuard<'_, ()> {
-        self.0.lock.lock().unwrap_or_else(PoisonError::into_inner)
+        let lock = match self {
+            Membership::Alone(lock) => lock,
+            Membership::Shared(set) => &set.lock,
+        };
+        lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// True when both are in one set.
     #[cfg(test)]
     pub(crate) fn same(&self, other: &Membership) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
+        match (self, other) {
+            (Membership::Shared(one), Membership::Shared(other)) => Arc::ptr_eq(one, other),
+            _ => std::ptr::eq(self, other),
+        }
     }
 }
 
 impl Drop for DeviceSet {
     fn drop(&mut self) {
-        let (Some(key), Some(sets)) = (self.key, self.sets.upgrade()) else {
+        let Some(sets) = self.sets.upgrade() else {
             return;
         };
         let mut sets = sets.lock().unwrap_or_else(PoisonError::into_inner);
         // Somebody may have made a new set with this key since the last member left this one.
-        if sets.get(&key).is_some_and(|set| set.strong_count() == 0) {
-            sets.remove(&key);
+        if sets
+            .get(&self.key)
+            .is_some_and(|set| set.strong_count() == 0)
+        {
+            sets.remove(&self.key);
         }
     }
 }

@@ -36,6 +36,8 @@ struct RundownState {
     reaching: bool,
     cut: bool,
     done: bool,
+    /// Threads in `wait` or `wait_for`: without any there is nobody to wake.
+    waiting: u32,
     callbacks: Vec<Box<dyn FnOnce() + Send>>,
 }
 
@@ -147,8 +149,11 @@ impl Rundown {
             state = lock(&self.state);
         }
         state.done = true;
+        let waited_for = state.waiting > 0;
         drop(state);
-        self.reached.notify_all();
+        if waited_for {
+            self.reached.notify_all();
+        }
     }
 
     /// The users are about to be cut off: if that ends it, it ended by force.
@@ -163,10 +168,10 @@ impl Rundown {
     }
 
     /// Runs `f` when the end is reached: at once, here, if it has been.
-    pub(crate) fn on_done(&self, f: Box<dyn FnOnce() + Send>) {
+    pub(crate) fn on_done(&self, f: impl FnOnce() + Send + 'static) {
         let mut state = lock(&self.state);
         if !state.done {
-            state.callbacks.push(f);
+            state.callbacks.push(Box::new(f));
             return;
         }
         drop(state);
@@ -180,21 +185,25 @@ impl Rundown {
     /// Waits for the end.
     pub(crate) fn wait(&self) {
         let mut state = lock(&self.state);
+        state.waiting += 1;
         while !state.done {
             state = self
                 .reached
                 .wait(state)
                 .unwrap_or_else(|poison| poison.into_inner());
         }
+        state.waiting -= 1;
     }
 
     /// Waits for the end for at most `time`. True if it was reached.
     pub(crate) fn wait_for(&self, time: Duration) -> bool {
-        let state = lock(&self.state);
-        let (state, _) = self
+        let mut state = lock(&self.state);
+        state.waiting += 1;
+        let (mut state, _) = self
             .reached
             .wait_timeout_while(state, time, |state| !state.done)
             .unwrap_or_else(|poison| poison.into_inner());
+        state.waiting -= 1;
         state.done
     }
 }
@@ -228,17 +237,17 @@ mod tests {
         let ran = Arc::new(std::sync::atomic::AtomicU32::new(0));
         for _ in 0..2 {
             let early = Arc::clone(&ran);
-            rundown.on_done(Box::new(move || {
+            rundown.on_done(move || {
                 early.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            }));
+            });
             assert_eq!(ran.load(std::sync::atomic::Ordering::Relaxed), 0);
         }
         drop(lease);
         assert_eq!(ran.load(std::sync::atomic::Ordering::Relaxed), 2);
         let late = Arc::clone(&ran);
-        rundown.on_done(Box::new(move || {
+        rundown.on_done(move || {
             late.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        }));
+        });
         assert_eq!(ran.load(std::sync::atomic::Ordering::Relaxed), 3);
     }
 }
@@ -295,9 +304,9 @@ mod explored {
                 let ran = Arc::new(AtomicU32::new(0));
                 let closer = thread::spawn(move || drop(lease));
                 let seen = Arc::clone(&ran);
-                rundown.on_done(Box::new(move || {
+                rundown.on_done(move || {
                     seen.fetch_add(1, Ordering::SeqCst);
-                }));
+                });
                 closer.join().unwrap();
                 rundown.wait();
                 assert_eq!(ran.load(Ordering::SeqCst), 1);

@@ -4,6 +4,7 @@ use super::names::{self, ByName};
 use super::{BusDevice, Model, lock, read, write};
 use crate::device::{DeviceOps, GroupType, Registration, ReleaseSlot, UnregisteredDevice};
 use crate::{Core, Errno, Result};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -82,11 +83,20 @@ pub(crate) fn make<O: DeviceOps>(
         })
 }
 
+/// A driver's name with underscores; most have none to replace.
+fn module_of(name: &'static str) -> Cow<'static, str> {
+    if name.contains('-') {
+        name.replace('-', "_").into()
+    } else {
+        name.into()
+    }
+}
+
 /// A driver on a bus (`struct device_driver`).
 pub struct Driver {
     name: &'static str,
     bus: &'static str,
-    module: String,
+    module: Cow<'static, str>,
     probe: Arc<dyn Probe>,
     /// Where the driver's own value is, for drivers that several may register.
     pub(super) value: usize,
@@ -103,7 +113,7 @@ impl Driver {
         Arc::new(Driver {
             name,
             bus,
-            module: name.replace('-', "_"),
+            module: module_of(name),
             probe,
             value: 0,
         })
@@ -119,7 +129,7 @@ impl Driver {
         Arc::new(Driver {
             name,
             bus,
-            module: name.replace('-', "_"),
+            module: module_of(name),
             probe,
             value,
         })

@@ -513,13 +513,16 @@ impl BusDevice {
         then: impl FnOnce() + Send + 'static,
     ) {
         let unregistering = registration.unregister();
-        if !unregistering.is_done() && policy != Policy::Disassociate {
+        let noted = !unregistering.is_done() && policy != Policy::Disassociate;
+        if noted {
             core.model().note_leaving(self, waiting);
         }
         let device = Arc::clone(self);
         let whole = core.clone();
         let pending = unregistering.proceed(policy, move || {
-            whole.model().forget_leaving(&device);
+            if noted {
+                whole.model().forget_leaving(&device);
+            }
             lock(&device.state).binding = Binding::Unbound;
             device.uevent(&whole, "unbind", Vec::new());
             then();

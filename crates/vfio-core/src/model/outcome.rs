@@ -61,6 +61,8 @@ type Callback = Box<dyn FnOnce(Result) + Send>;
 #[derive(Default)]
 struct Progress {
     result: Option<Result>,
+    /// Threads in `wait_for`: without any there is nobody to wake.
+    waiting: u32,
     callbacks: Vec<Callback>,
     pending: Option<Pending>,
     parts: Vec<Waiting>,
@@ -128,12 +130,14 @@ impl Waiting {
     /// Waits for the result for at most `time`; `None` if it is not there by then. Never on a
     /// thread that serves closes.
     pub fn wait_for(&self, time: Duration) -> Option<Result> {
-        let progress = lock(&self.0.progress);
-        let (progress, _) = self
+        let mut progress = lock(&self.0.progress);
+        progress.waiting += 1;
+        let (mut progress, _) = self
             .0
             .reached
             .wait_timeout_while(progress, time, |progress| progress.result.is_none())
             .unwrap_or_else(PoisonError::into_inner);
+        progress.waiting -= 1;
         progress.result
     }
 
@@ -203,16 +207,15 @@ impl Waiting {
             return;
         }
         progress.result = Some(result);
-        let Progress {
-            callbacks,
-            pending,
-            parts,
-            ..
-        } = std::mem::take(&mut *progress);
-        progress.result = Some(result);
+        let callbacks = std::mem::take(&mut progress.callbacks);
+        let pending = progress.pending.take();
+        let parts = std::mem::take(&mut progress.parts);
+        let waited_for = progress.waiting > 0;
         drop(progress);
         drop((pending, parts));
-        self.0.reached.notify_all();
+        if waited_for {
+            self.0.reached.notify_all();
+        }
         for callback in callbacks {
             callback(result);
         }
