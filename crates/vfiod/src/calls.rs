@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 use vfio_core::Core;
@@ -30,7 +30,7 @@ const QUEUE: usize = 8192;
 #[derive(Debug)]
 pub(crate) struct Server {
     pub(crate) core: Core,
-    pub(crate) mounts: Arc<Mutex<Option<Mounts>>>,
+    pub(crate) mounts: Arc<RwLock<Option<Mounts>>>,
     pub(crate) merge: Mutex<Option<vfio_fuse::Sys>>,
     pub(crate) requests: Requests,
     pub(crate) sys: PathBuf,
@@ -73,11 +73,12 @@ impl Server {
     fn handle(&self, call: Call, peer: &Peer<'_>) -> Result<Answer, Stop> {
         match call {
             Call::Status => Ok(Answer::Status(self.look(|look| self.status(look)))),
-            Call::List => {
-                Ok(Answer::Devices(self.look(|look| {
-                    look.all().into_iter().map(|found| found.view).collect()
-                })))
-            }
+            Call::List => Ok(Answer::Devices(self.look(|look| {
+                look.all_with_holders()
+                    .into_iter()
+                    .map(|found| found.view)
+                    .collect()
+            }))),
             Call::Tree => Ok(Answer::Tree(self.look(|look| look.tree()))),
             Call::Types { parent } => self.types(parent.as_deref()),
             Call::Show { device } => {
@@ -143,7 +144,7 @@ impl Server {
 
     /// Runs `f` with what a look needs. The mounts are not stopped meanwhile.
     fn look<T>(&self, f: impl FnOnce(&Look<'_>) -> T) -> T {
-        let mounts = self.mounts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mounts = self.mounts.read().unwrap_or_else(PoisonError::into_inner);
         f(&Look {
             core: &self.core,
             mounts: mounts.as_ref(),
@@ -365,6 +366,7 @@ impl Server {
         if policy == UnregisterPolicy::Force {
             waiting.disassociate();
         }
+        let users = || Some(weak.as_ref()?.upgrade()?.users());
         let progress = |waiting: &Waiting| {
             let device = weak.as_ref()?.upgrade()?;
             let mut pending = self.look(|look| look.pending_of(waiting, &device));
@@ -389,15 +391,13 @@ impl Server {
                 waiting.disassociate();
                 continue;
             }
-            if let Some(pending) = progress(&waiting) {
-                let now = (pending.users, Instant::now());
-                let tell = told.is_none_or(|(users, at): (u32, Instant)| {
-                    users != now.0 || at.elapsed() >= PROGRESS
-                });
-                if tell {
-                    told = Some(now);
-                    peer.send(Answer::Progress(pending))?;
-                }
+            let now = users();
+            let news = told.is_none_or(|(users, at): (Option<u32>, Instant)| {
+                users != now || at.elapsed() >= PROGRESS
+            });
+            if news && let Some(pending) = progress(&waiting) {
+                told = Some((now, Instant::now()));
+                peer.send(Answer::Progress(pending))?;
             }
         }
     }

@@ -16,7 +16,7 @@ use signal_hook::iterator::Signals;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 use vfio_core::Core;
@@ -106,7 +106,7 @@ pub(crate) fn serve(serve: &Serve) -> anyhow::Result<()> {
     let options = mount_options(&config, &places)?;
     let mounts =
         Mounts::start(&core, &options).map_err(|errno| mount_error(errno, &places.root))?;
-    let mounts = Arc::new(Mutex::new(Some(mounts)));
+    let mounts = Arc::new(RwLock::new(Some(mounts)));
     start_mdevs(&config, &parents)?;
     let server = Arc::new(Server {
         core: core.clone(),
@@ -149,7 +149,10 @@ pub(crate) fn serve(serve: &Serve) -> anyhow::Result<()> {
     drop(parents);
     server.unmount_merge();
     drop(server);
-    let mounted = mounts.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let mounted = mounts
+        .write()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take();
     if let Some(mounts) = mounted {
         mounts.stop();
     }

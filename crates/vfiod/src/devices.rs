@@ -53,6 +53,10 @@ impl Requests {
     }
 }
 
+/// So many devices in use get a look through /proc when all are listed; of more, the openers are
+/// told, which costs nothing.
+const LOOKED_AT: usize = 16;
+
 /// Everything that a question about devices needs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Look<'a> {
@@ -112,6 +116,29 @@ impl Look<'_> {
             (index, found.view.address.clone())
         });
         all
+    }
+
+    /// The same, with those who hold each device now.
+    pub(crate) fn all_with_holders(&self) -> Vec<Found> {
+        let mut all = self.all();
+        let in_use = |found: &Found| found.view.users.is_some_and(|users| users > 0);
+        if all.iter().filter(|found| in_use(found)).count() <= LOOKED_AT {
+            for found in all.iter_mut().filter(|found| in_use(found)) {
+                self.look_who(found);
+            }
+        }
+        all
+    }
+
+    fn look_who(&self, found: &mut Found) {
+        let Some(vfio) = &found.vfio else {
+            return;
+        };
+        let holders = self.who(vfio);
+        if let Some(pending) = &mut found.view.pending {
+            pending.holders.clone_from(&holders);
+        }
+        found.view.holders = Some(holders);
     }
 
     /// The devices of this name; more than one only for a group's.
@@ -174,7 +201,10 @@ impl Look<'_> {
             pending: waiting
                 .as_ref()
                 .zip(vfio.as_ref())
-                .map(|(waiting, device)| self.pending_of(waiting, device)),
+                .map(|(waiting, device)| Pending {
+                    holders: openers(device),
+                    ..self.pending_at(waiting, device)
+                }),
         };
         Found {
             bus_device: Arc::clone(bus_device),
@@ -184,8 +214,15 @@ impl Look<'_> {
         }
     }
 
-    /// One unregister that waits.
+    /// One unregister that waits, and for whom.
     pub(crate) fn pending_of(&self, waiting: &Waiting, device: &Device) -> Pending {
+        Pending {
+            holders: self.who(device),
+            ..self.pending_at(waiting, device)
+        }
+    }
+
+    fn pending_at(&self, waiting: &Waiting, device: &Device) -> Pending {
         Pending {
             device: device.name(),
             address: device.parent().name().to_owned(),
@@ -193,7 +230,7 @@ impl Look<'_> {
             users: device.users(),
             requests: self.requests.of(device),
             deadline_ms: None,
-            holders: openers(device),
+            holders: Vec::new(),
         }
     }
 
@@ -249,10 +286,10 @@ impl Look<'_> {
 
     /// All about a device.
     pub(crate) fn show(&self, found: &Found) -> Show {
-        let mut device = found.view.clone();
+        let mut found = found.clone();
+        self.look_who(&mut found);
         let mut show = Show::default();
         if let Some(vfio) = &found.vfio {
-            device.holders = Some(self.who(vfio));
             if let Ok(info) = vfio.info() {
                 show.regions = (0..info.num_regions)
                     .filter_map(|index| Some((index, vfio.region(index).ok()?)))
@@ -282,7 +319,7 @@ impl Look<'_> {
                 .collect();
         }
         show.group = found.bus_device.iommu_group().as_deref().map(group);
-        show.device = device;
+        show.device = found.view;
         show
     }
 
@@ -302,7 +339,7 @@ impl Look<'_> {
 
     /// All of it.
     pub(crate) fn tree(&self) -> Tree {
-        let devices = self.all();
+        let devices = self.all_with_holders();
         let mut groups: Vec<Arc<IommuGroup>> = devices
             .iter()
             .filter_map(|found| found.bus_device.iommu_group())

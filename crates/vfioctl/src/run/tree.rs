@@ -2,7 +2,7 @@
 
 use super::hold;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, statat};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, Uid, mknodat, statat};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
@@ -69,6 +69,7 @@ pub(super) fn merge_dev(ours: &Path, place: &Path) -> Result {
                 rustix::fs::mkdir(&at, Mode::from_raw_mode(0o755))?;
                 bind(real.as_fd(), Path::new(&name), &at)?;
             }
+            FileType::CharacterDevice if name == "ptmx" => make_ptmx(&real, &at)?,
             _ => {
                 make_file(&at)?;
                 bind(real.as_fd(), Path::new(&name), &at)?;
@@ -80,6 +81,29 @@ pub(super) fn merge_dev(ours: &Path, place: &Path) -> Result {
     bind(ours.as_fd(), Path::new("vfio"), &place.join("vfio"))?;
     make_file(&place.join("iommu"))?;
     bind(ours.as_fd(), Path::new("iommu"), &place.join("iommu"))
+}
+
+/// `ptmx` looks for `pts` beside itself (`fs/namei.c`, `path_pts`), and a bound file has nothing
+/// beside it: it needs a node of its own, or where none can be made the link that containers have.
+fn make_ptmx(real: &OwnedFd, at: &Path) -> Result {
+    let stat = statat(real, "ptmx", AtFlags::empty())?;
+    let made = mknodat(
+        CWD,
+        at,
+        FileType::CharacterDevice,
+        Mode::from_raw_mode(stat.st_mode & 0o7777),
+        stat.st_rdev,
+    );
+    match made {
+        Ok(()) => {
+            // The mode again: mknod's is less the umask.
+            let owner = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
+            rustix::fs::chown(at, Some(owner.0), Some(owner.1))?;
+            rustix::fs::chmod(at, Mode::from_raw_mode(stat.st_mode & 0o7777))
+        }
+        Err(Errno::PERM) => rustix::fs::symlink("pts/ptmx", at),
+        Err(errno) => Err(errno),
+    }
 }
 
 fn make_file(path: &Path) -> Result {
