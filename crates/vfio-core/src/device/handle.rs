@@ -61,8 +61,6 @@ impl<O: DeviceOps> UnregisteredDevice<O> {
     pub(crate) fn register(self, kind: GroupType) -> Result<Registration, (Self, Errno)> {
         let device = Device(Arc::clone(&self.0) as Arc<dyn AnyDevice>);
         let head = device.head();
-        // The set is there before anybody can open, and cannot fail to be.
-        head.set_membership();
         match head.core.publish(&device, kind) {
             Ok(()) => {
                 let _ = head.kind.set(kind);
@@ -151,9 +149,13 @@ impl Unregistering {
         head.core.announce(&device, "remove", Vec::new());
         head.core.unpublish(&device);
         let rundown = head.users.close();
-        // Runs on whichever thread sees the last user go.
-        let last = device.clone();
-        rundown.on_done(move || last.unregistered());
+        if rundown.is_done() {
+            device.unregistered();
+        } else {
+            // Runs on whichever thread sees the last user go.
+            let last = device.clone();
+            rundown.on_done(move || last.unregistered());
+        }
         Unregistering {
             device: Some(device),
             rundown,

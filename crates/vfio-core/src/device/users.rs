@@ -27,6 +27,8 @@ pub(crate) struct Lease(Arc<Users>);
 /// The end of an unregister: reached once, waited for by any number.
 #[derive(Default)]
 pub(crate) struct Rundown {
+    /// 1 when it is reached. Set under the lock, read with or without.
+    done: AtomicU32,
     state: Mutex<RundownState>,
     reached: Condvar,
 }
@@ -35,7 +37,6 @@ pub(crate) struct Rundown {
 struct RundownState {
     reaching: bool,
     cut: bool,
-    done: bool,
     /// Threads in `wait` or `wait_for`: without any there is nobody to wake.
     waiting: u32,
     callbacks: Vec<Box<dyn FnOnce() + Send>>,
@@ -95,6 +96,14 @@ impl Users {
     /// is done when the last user has gone: at once if there is none. To be called once.
     pub(crate) fn close(&self) -> Arc<Rundown> {
         let rundown = Arc::new(Rundown::default());
+        let alone = self
+            .count
+            .compare_exchange(1, CLOSED, Ordering::AcqRel, Ordering::Acquire);
+        if alone.is_ok() {
+            // Nobody was inside, so nobody looks for the rundown.
+            rundown.done.store(1, Ordering::Release);
+            return rundown;
+        }
         *lock(&self.rundown) = Some(Arc::clone(&rundown));
         let before = self.count.fetch_or(CLOSED, Ordering::AcqRel);
         debug_assert!(
@@ -137,7 +146,7 @@ impl Rundown {
     /// callbacks did. Later calls do nothing.
     pub(crate) fn reach(&self) {
         let mut state = lock(&self.state);
-        if std::mem::replace(&mut state.reaching, true) {
+        if std::mem::replace(&mut state.reaching, true) || self.is_done() {
             return;
         }
         while !state.callbacks.is_empty() {
@@ -148,7 +157,7 @@ impl Rundown {
             }
             state = lock(&self.state);
         }
-        state.done = true;
+        self.done.store(1, Ordering::Release);
         let waited_for = state.waiting > 0;
         drop(state);
         if waited_for {
@@ -159,7 +168,7 @@ impl Rundown {
     /// The users are about to be cut off: if that ends it, it ended by force.
     pub(crate) fn force(&self) {
         let mut state = lock(&self.state);
-        state.cut |= !state.reaching;
+        state.cut |= !state.reaching && !self.is_done();
     }
 
     /// True if the users were cut off.
@@ -169,8 +178,12 @@ impl Rundown {
 
     /// Runs `f` when the end is reached: at once, here, if it has been.
     pub(crate) fn on_done(&self, f: impl FnOnce() + Send + 'static) {
+        if self.is_done() {
+            f();
+            return;
+        }
         let mut state = lock(&self.state);
-        if !state.done {
+        if !self.is_done() {
             state.callbacks.push(Box::new(f));
             return;
         }
@@ -179,14 +192,14 @@ impl Rundown {
     }
 
     pub(crate) fn is_done(&self) -> bool {
-        lock(&self.state).done
+        self.done.load(Ordering::Acquire) != 0
     }
 
     /// Waits for the end.
     pub(crate) fn wait(&self) {
         let mut state = lock(&self.state);
         state.waiting += 1;
-        while !state.done {
+        while !self.is_done() {
             state = self
                 .reached
                 .wait(state)
@@ -201,10 +214,10 @@ impl Rundown {
         state.waiting += 1;
         let (mut state, _) = self
             .reached
-            .wait_timeout_while(state, time, |state| !state.done)
+            .wait_timeout_while(state, time, |_| !self.is_done())
             .unwrap_or_else(|poison| poison.into_inner());
         state.waiting -= 1;
-        state.done
+        self.is_done()
     }
 }
 

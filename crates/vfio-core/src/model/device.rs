@@ -8,6 +8,7 @@ use crate::event::Uevent;
 use crate::{Core, Errno, Result};
 use std::collections::HashSet;
 use std::fmt;
+use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -208,7 +209,9 @@ impl BusDevice {
         let group = write(&self.group).take();
         if let Some(group) = group {
             let mut devices = group.devices.lock().unwrap_or_else(PoisonError::into_inner);
-            devices.retain(|device| device.upgrade().is_some_and(|device| device.id != self.id));
+            devices.retain(|device| {
+                device.strong_count() > 0 && device.as_ptr() != ptr::from_ref(self)
+            });
         }
     }
 
@@ -513,7 +516,15 @@ impl BusDevice {
         then: impl FnOnce() + Send + 'static,
     ) {
         let unregistering = registration.unregister();
-        let noted = !unregistering.is_done() && policy != Policy::Disassociate;
+        if unregistering.is_done() {
+            // Nobody had it open, which is the rule. The last reference, before the end is told.
+            drop(unregistering);
+            lock(&self.state).binding = Binding::Unbound;
+            self.uevent(core, "unbind", Vec::new());
+            then();
+            return;
+        }
+        let noted = policy != Policy::Disassociate;
         if noted {
             core.model().note_leaving(self, waiting);
         }
