@@ -90,12 +90,12 @@ impl Range {
 
 /// Most entries in one chunk. Chosen by measurement: small enough that inserting moves little, large
 /// enough that the array of first addresses stays in the cache at a million areas.
-const CHUNK: usize = 128;
+const CHUNK: usize = 64;
 
 /// Disjoint ranges of I/O addresses in order, each with a value.
 ///
 /// Two levels of arrays instead of a tree: a lookup searches one array of first addresses and then one
-/// chunk of at most 128 ranges, so a million areas cost two or three cache misses.
+/// chunk of at most 64 ranges, so a million areas cost two or three cache misses.
 pub struct IovaMap<T> {
     /// The first address of each chunk.
     firsts: Vec<u64>,
