@@ -116,30 +116,28 @@ impl Shared {
             unique,
         };
         // One copy of a few bytes costs less than a second segment in the kernel.
-        let mut small = [0_u8; SMALL];
-        let message = match body {
-            [] => header.as_bytes(),
-            [one] if one.len() <= SMALL - HEADER => {
-                small[..HEADER].copy_from_slice(header.as_bytes());
-                small[HEADER..length].copy_from_slice(one);
-                &small[..length]
+        if length <= SMALL {
+            let mut small = [0_u8; SMALL];
+            let parts = body.iter().map(|part| &**part);
+            let mut at = 0;
+            for part in std::iter::once(header.as_bytes()).chain(parts) {
+                small[at..at + part.len()].copy_from_slice(part);
+                at += part.len();
             }
-            parts => {
-                let head = IoSlice::new(header.as_bytes());
-                return match parts {
-                    [one] => rustix::io::writev(&self.fd, &[head, *one]),
-                    [one, two] => rustix::io::writev(&self.fd, &[head, *one, *two]),
-                    many => rustix::io::writev(
-                        &self.fd,
-                        &std::iter::once(head)
-                            .chain(many.iter().copied())
-                            .collect::<Vec<_>>(),
-                    ),
-                }
-                .map(|_| ());
-            }
-        };
-        rustix::io::write(&self.fd, message).map(|_| ())
+            return rustix::io::write(&self.fd, &small[..length]).map(|_| ());
+        }
+        let head = IoSlice::new(header.as_bytes());
+        match body {
+            [one] => rustix::io::writev(&self.fd, &[head, *one]),
+            [one, two] => rustix::io::writev(&self.fd, &[head, *one, *two]),
+            many => rustix::io::writev(
+                &self.fd,
+                &std::iter::once(head)
+                    .chain(many.iter().copied())
+                    .collect::<Vec<_>>(),
+            ),
+        }
+        .map(|_| ())
     }
 
     pub(crate) fn on_interrupt(&self, slot: u32, unique: u64, callback: Box<dyn FnOnce() + Send>) {
