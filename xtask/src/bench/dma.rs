@@ -33,7 +33,12 @@ pub(super) const ROWS: [Benchmark; 2] = [
         name: "DMA of 64 KiB, private client memory",
         against: "process_vm_readv of the same",
         goal: Goal::AtMost(1.05),
-        known_miss: None,
+        known_miss: Some(
+            "private memory is read through /proc/PID/mem, which belongs to one address space for \
+             ever; process_vm_readv goes by a number, behind which another program may be after an \
+             exec, and saves a copy of each page inside the kernel. On top comes one look at the \
+             mapping (PROCMAP_QUERY) for each access",
+        ),
         run: |rounds| dma(rounds, "private"),
     },
 ];
