@@ -26,12 +26,24 @@ const PROGRESS: Duration = Duration::from_secs(10);
 /// Events that may wait for a slow reader.
 const QUEUE: usize = 8192;
 
+/// The merge tree.
+#[derive(Debug, Default)]
+pub(crate) enum Merge {
+    /// Nobody has asked for it.
+    #[default]
+    Unasked,
+    /// Mounted.
+    Mounted { _sys: vfio_fuse::Sys },
+    /// The daemon is stopping: it is mounted no more.
+    Over,
+}
+
 /// What answers.
 #[derive(Debug)]
 pub(crate) struct Server {
     pub(crate) core: Core,
     pub(crate) mounts: Arc<RwLock<Option<Mounts>>>,
-    pub(crate) merge: Mutex<Option<vfio_fuse::Sys>>,
+    pub(crate) merge: Mutex<Merge>,
     pub(crate) requests: Requests,
     pub(crate) sys: PathBuf,
     pub(crate) dev: PathBuf,
@@ -496,24 +508,26 @@ impl Server {
 
     /// Takes the merge tree away, if it was ever asked for.
     pub(crate) fn unmount_merge(&self) {
-        let merge = self
-            .merge
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let mut merge = self.merge.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::replace(&mut *merge, Merge::Over);
         drop(merge);
+        drop(before);
     }
 
     /// Mounts the merge tree at the first request; it stays as long as the daemon.
     fn merge_tree(&self) -> Result<Answer, Stop> {
         let mut merge = self.merge.lock().unwrap_or_else(PoisonError::into_inner);
         let path = self.sys.with_file_name("merge");
-        if merge.is_none() {
+        if let Merge::Over = *merge {
+            return Err(fail(FailureKind::Failed, "vfiod is stopping".to_owned()).into());
+        }
+        if let Merge::Unasked = *merge {
             crate::daemon::clear_stale(&path);
             let made = vfio_fuse::Sys::merged(&self.core, &path, Path::new("/sys"));
-            *merge = Some(made.map_err(|errno| {
+            let sys = made.map_err(|errno| {
                 errno_failure(errno, format!("cannot mount {}: {errno}", path.display()))
-            })?);
+            })?;
+            *merge = Merge::Mounted { _sys: sys };
         }
         Ok(Answer::Merge {
             path: path.to_string_lossy().into_owned(),

@@ -65,10 +65,11 @@ impl From<Seconds> for f64 {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Uevents {
-    /// Nowhere.
+    /// Nowhere by itself; `vfioctl run --uevents` may still take them into a network namespace of
+    /// its own.
     #[default]
     None,
-    /// Only into the network namespaces of `vfioctl run --uevents`, which ask for them.
+    /// The same, said aloud.
     Private,
     /// To everybody in the daemon's own network namespace, the machine's udev included.
     Host,

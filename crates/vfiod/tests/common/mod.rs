@@ -1,9 +1,5 @@
 //! A daemon under a directory of its own, and `vfioctl` to talk to it.
 #![allow(dead_code, reason = "each test program uses a part")]
-#![expect(
-    clippy::allow_attributes,
-    reason = "what is unused differs from program to program"
-)]
 
 use std::fs;
 use std::io::{BufRead, BufReader};
