@@ -13,8 +13,10 @@ use slab::Slab;
 use vfio_core::Config;
 use vfio_core::Core;
 use vfio_core::device::Policy;
+use vfio_core::model::BusDevice;
+use vfio_core::model::BusOptions;
 use vfio_core::model::Driver as BusDriver;
-use vfio_core::model::faux;
+use vfio_core::model::Subsystem;
 
 use super::Benchmark;
 use super::Goal;
@@ -95,38 +97,45 @@ impl Tables {
     }
 }
 
-/// Devices on the faux bus, each bound.
+/// Devices on a bus of their own, bound to one driver.
 struct Devices {
     core: Core,
-    all: Vec<faux::Device>,
+    driver: Arc<BusDriver>,
+    all: Vec<Arc<BusDevice>>,
 }
 
 impl Devices {
     fn make(count: u32) -> Result<Self> {
         let core = Core::new(Config::default());
+        let options = BusOptions {
+            matches: |_, _| true,
+            driver_override: false,
+            autoprobe: true,
+        };
+        let bus = core.model().add_bus("bench", options)?;
         let (outside, _) = served::nowhere();
+        let driver = bus.add_driver(&core, served::Driver(outside))?;
+        let root = BusDevice::new("/devices", "bench", None);
+        root.add(&core)?;
         let all = (0..count)
             .map(|number| {
-                let driver = served::Driver(Arc::clone(&outside));
-                Ok(faux::Device::create(&core, &format!("d{number}"), driver)?)
+                let bus = Some(Subsystem::Bus("bench"));
+                let device = BusDevice::child(&root, &format!("d{number}"), bus);
+                device.add(&core)?;
+                Ok(device)
             })
             .collect::<Result<_>>()?;
-        Ok(Self { core, all })
-    }
-
-    fn driver(&self) -> Result<Arc<BusDriver>> {
-        let device = self.all.first().context("there are no devices")?;
-        device.bus_device().driver().context("it is not bound")
+        Ok(Self { core, driver, all })
     }
 
     /// One life of the `nth` device: it begins with a bind and ends with an unbind, which are what
     /// allocates, registers, unregisters and puts. In between it is found by each of its names.
-    fn live(&self, driver: &Arc<BusDriver>, nth: usize) -> Result<()> {
-        let parent = self.all.get(nth).context("no such device")?.bus_device();
+    fn live(&self, nth: usize) -> Result<()> {
+        let parent = self.all.get(nth).context("no such device")?;
         if parent.unbind(&self.core, Policy::Wait).result() != Some(Ok(())) {
             bail!("the device did not go");
         }
-        parent.bind(&self.core, driver)?;
+        parent.bind(&self.core, &self.driver)?;
         let device = parent.vfio_device().context("not on its parent")?;
         let index = device.index();
         let group = parent.iommu_group().context("not in a group")?;
@@ -141,7 +150,6 @@ impl Devices {
 fn lives(rounds: u32, count: u32) -> Result<Measured> {
     let _pinned = Pinned::to(0)?;
     let devices = Devices::make(count)?;
-    let driver = devices.driver()?;
     let mut tables = Tables::default();
     let mut indexes: Vec<usize> = (0..count).map(|_| tables.insert()).collect();
     // A step that has no common factor with the count: no pattern that a cache could follow.
@@ -157,7 +165,7 @@ fn lives(rounds: u32, count: u32) -> Result<Measured> {
         || {
             let mut outcome = Ok(());
             let time = typical(LIVES, || {
-                if let Err(error) = devices.live(&driver, next(&mut at)) {
+                if let Err(error) = devices.live(next(&mut at)) {
                     outcome = Err(error);
                 }
             });

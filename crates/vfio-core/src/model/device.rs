@@ -3,7 +3,7 @@
 use super::bus::{Driver, Probe};
 use super::names::{ByName, sorted, take};
 use super::{IommuGroup, Outcome, Waiting, lock, mdev, read, write};
-use crate::device::{Device, Policy, Registration};
+use crate::device::{Device, Policy, Registration, Unregistering};
 use crate::event::Uevent;
 use crate::{Core, Errno, Result};
 use std::collections::HashSet;
@@ -432,7 +432,8 @@ impl BusDevice {
         };
         match binding {
             Binding::Bound(_, registration) => {
-                self.let_go(core, registration, policy, &waiting, finish);
+                let unregistering = registration.unregister();
+                self.let_go(core, unregistering, policy, &waiting, finish);
             }
             Binding::Unbinding(unbind) => {
                 unbind.on_done(move |_| finish());
@@ -498,11 +499,25 @@ impl BusDevice {
                 }
             }
         };
+        let unregistering = registration.unregister();
+        if unregistering.is_done() {
+            self.is_let_go(core, unregistering);
+            waiting.finish(Ok(()));
+            return Outcome::Done(Ok(()));
+        }
         let end = waiting.clone();
-        self.let_go(core, registration, policy, &waiting, move || {
+        self.let_go(core, unregistering, policy, &waiting, move || {
             end.finish(Ok(()));
         });
         waiting.outcome()
+    }
+
+    /// Nobody had its VFIO device open, which is the rule: the driver's part is over. The last
+    /// reference goes before the end is told.
+    fn is_let_go(&self, core: &Core, unregistering: Unregistering) {
+        drop(unregistering);
+        lock(&self.state).binding = Binding::Unbound;
+        self.uevent(core, "unbind", Vec::new());
     }
 
     /// The remove callback of every VFIO driver: unregister, and when the users have gone the
@@ -510,17 +525,13 @@ impl BusDevice {
     fn let_go(
         self: &Arc<Self>,
         core: &Core,
-        registration: Registration,
+        unregistering: Unregistering,
         policy: Policy,
         waiting: &Waiting,
         then: impl FnOnce() + Send + 'static,
     ) {
-        let unregistering = registration.unregister();
         if unregistering.is_done() {
-            // Nobody had it open, which is the rule. The last reference, before the end is told.
-            drop(unregistering);
-            lock(&self.state).binding = Binding::Unbound;
-            self.uevent(core, "unbind", Vec::new());
+            self.is_let_go(core, unregistering);
             then();
             return;
         }

@@ -4,7 +4,7 @@ use super::{BusDevice, lock};
 use crate::device::{Device, Pending, Policy};
 use crate::{Core, Result};
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How an operation stands when the call returns.
@@ -51,7 +51,7 @@ pub struct Waiting(Arc<Inner>);
 
 struct Inner {
     device: Arc<BusDevice>,
-    since: Instant,
+    since: OnceLock<Instant>,
     progress: Mutex<Progress>,
     reached: Condvar,
 }
@@ -81,7 +81,7 @@ impl Waiting {
     pub(crate) fn new(device: &Arc<BusDevice>) -> Waiting {
         Waiting(Arc::new(Inner {
             device: Arc::clone(device),
-            since: Instant::now(),
+            since: OnceLock::new(),
             progress: Mutex::default(),
             reached: Condvar::new(),
         }))
@@ -106,7 +106,7 @@ impl Waiting {
 
     /// When it began.
     pub fn since(&self) -> Instant {
-        self.0.since
+        *self.0.since.get_or_init(Instant::now)
     }
 
     /// The result, if it is over.
@@ -225,7 +225,11 @@ impl Waiting {
     pub(crate) fn outcome(self) -> Outcome {
         match self.result() {
             Some(result) => Outcome::Done(result),
-            None => Outcome::Waiting(self),
+            None => {
+                // It did not end at once: from here on it matters when it began.
+                self.since();
+                Outcome::Waiting(self)
+            }
         }
     }
 
