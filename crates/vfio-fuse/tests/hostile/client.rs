@@ -46,6 +46,8 @@ pub type Outcome = Result<u64, Errno>;
 /// The client, as its test sees it. Killed when dropped.
 pub struct Client {
     pub pid: i32,
+    /// The thread that makes the calls.
+    pub tid: i32,
     /// Start of [`ARENA`] bytes of private memory.
     pub arena: u64,
     socket: UnixStream,
@@ -93,10 +95,11 @@ impl Client {
         socket
             .set_read_timeout(Some(Duration::from_secs(20)))
             .unwrap();
-        let mut hello = [0; 16];
+        let mut hello = [0; 24];
         read_all(&socket, &mut hello).expect("the client greets");
         let pid = u64::from_ne_bytes(hello[..8].try_into().unwrap()) as i32;
-        let arena = u64::from_ne_bytes(hello[8..].try_into().unwrap());
+        let tid = u64::from_ne_bytes(hello[8..16].try_into().unwrap()) as i32;
+        let arena = u64::from_ne_bytes(hello[16..].try_into().unwrap());
         let memory = File::options()
             .read(true)
             .write(true)
@@ -104,6 +107,7 @@ impl Client {
             .unwrap();
         Client {
             pid,
+            tid,
             arena,
             socket,
             memory,
@@ -297,9 +301,10 @@ impl Client {
         }
     }
 
+    /// A signal to the thread that makes the calls.
     pub fn signal(&self, signal: i32) {
         // SAFETY: a signal to a process that this test started.
-        unsafe { libc::kill(self.pid, signal) };
+        unsafe { libc::syscall(libc::SYS_tgkill, self.pid, self.tid, signal) };
     }
 
     /// SIGKILL, and waits until nothing of it is left.
@@ -424,6 +429,7 @@ pub fn now() -> u64 {
 
 fn greet(socket: &UnixStream, arena: u64) {
     let mut hello = u64::from(std::process::id()).to_ne_bytes().to_vec();
+    hello.extend((raw(libc::SYS_gettid as u64, &[0; 6]) as u64).to_ne_bytes());
     hello.extend(arena.to_ne_bytes());
     let _ = (&*socket).write_all(&hello);
 }
