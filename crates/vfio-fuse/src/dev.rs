@@ -80,6 +80,7 @@ impl Dev {
             files: Files::default(),
             contexts: Contexts::default(),
             ioctl_deadline: options.ioctl_deadline,
+            passthrough: options.passthrough,
         });
         let tree = Arc::new(Tree {
             core: core.clone(),

@@ -45,6 +45,11 @@ pub struct Options {
     pub device: Owner,
     /// `/dev/iommu`; 0660 root by default.
     pub iommu: Owner,
+    /// User and group of everything in the sysfs tree; root by default. In a user namespace that has
+    /// no root, nobody could write to root's files (`fs/namei.c`, `inode_permission`).
+    pub sys_owner: (u32, u32),
+    /// Regions are mapped natively where the kernel allows it. Off, they trap, as before Linux 6.9.
+    pub passthrough: bool,
     /// A connection for each device in use. Off, all share the one of `dev`: for a daemon that may
     /// not mount later.
     pub redirect: bool,
@@ -71,6 +76,8 @@ impl Options {
                 gid: 0,
                 mode: 0o660,
             },
+            sys_owner: (0, 0),
+            passthrough: true,
             redirect: true,
             idle: Duration::from_secs(2),
             ioctl_deadline: Duration::from_secs(30),

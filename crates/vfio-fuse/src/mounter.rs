@@ -334,6 +334,9 @@ impl Mounter {
         drop(Workers::start(connection, Arc::new(handler), policy)?);
         let place = self.dir.join(&node.name);
         let mount = mount.attach(&place)?;
+        // The root's owner is unknown until the kernel has asked for it once, and it lets nobody
+        // write to a file of an unknown owner (`fs/namei.c`, `inode_permission`).
+        rustix::fs::stat(&place)?;
         let id = rustix::fs::open(
             &place,
             rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC,

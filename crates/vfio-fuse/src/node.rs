@@ -22,6 +22,7 @@ pub(crate) struct Shared {
     pub(crate) files: Files<DeviceFile>,
     pub(crate) contexts: Contexts,
     pub(crate) ioctl_deadline: Duration,
+    pub(crate) passthrough: bool,
 }
 
 /// A node that the kernel knows of.
@@ -135,7 +136,7 @@ impl Node {
     fn back(&self, through: &Through, device: &Device) {
         through.backing.get_or_init(|| {
             let connection = through.connection.as_ref()?;
-            if !connection.has_passthrough() {
+            if !self.shared.passthrough || !connection.has_passthrough() {
                 return None;
             }
             let memory = device.memory().ok()??;

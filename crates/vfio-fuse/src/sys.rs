@@ -42,6 +42,8 @@ struct Tree {
     sysfs: Sysfs,
     /// The machine's own tree, for a merged one.
     real: Option<PathBuf>,
+    /// User and group of what is ours.
+    owner: (u32, u32),
     nodes: Mutex<HashMap<u64, Known>>,
     files: Files<OpenFile>,
 }
@@ -71,15 +73,20 @@ enum OpenFile {
 impl Sys {
     /// Mounts the tree and serves it.
     pub fn start(core: &Core, options: &Options) -> Result<Sys, Errno> {
-        Sys::mount(core, &options.sys, None)
+        Sys::mount(core, &options.sys, None, options.sys_owner)
     }
 
     /// Mounts the tree merged with another (the machine's own `/sys`) at `path`.
     pub fn merged(core: &Core, path: &Path, real: &Path) -> Result<Sys, Errno> {
-        Sys::mount(core, path, Some(real.to_owned()))
+        Sys::mount(core, path, Some(real.to_owned()), (0, 0))
     }
 
-    fn mount(core: &Core, path: &Path, real: Option<PathBuf>) -> Result<Sys, Errno> {
+    fn mount(
+        core: &Core,
+        path: &Path,
+        real: Option<PathBuf>,
+        owner: (u32, u32),
+    ) -> Result<Sys, Errno> {
         make_dir(path)?;
         let options = MountOptions {
             shared: true,
@@ -96,6 +103,7 @@ impl Sys {
         let tree = Arc::new(Tree {
             sysfs: Sysfs::new(core),
             real,
+            owner,
             nodes: Mutex::default(),
             files: Files::default(),
         });
@@ -170,6 +178,7 @@ impl Tree {
                     Kind::Link => (FileType::Symlink, self.sysfs.readlink(node)?.len() as u64),
                 };
                 let mut attr = Attr::new(id, kind.as_raw_mode() | self.sysfs.mode(node), size);
+                (attr.uid, attr.gid) = self.owner;
                 attr.nlink = if kind == FileType::Directory { 2 } else { 1 };
                 Ok(attr)
             }

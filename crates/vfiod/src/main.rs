@@ -26,7 +26,7 @@ enum Command {
     /// Run in the foreground until SIGTERM or SIGINT; a second one does not wait for users.
     Serve(Serve),
     /// Show the life of a device, step by step; needs no configuration and leaves nothing behind.
-    Demo,
+    Demo(demo::Args),
 }
 
 /// What `serve` takes.
@@ -50,7 +50,7 @@ struct Serve {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(serve) => daemon::serve(&serve),
-        Command::Demo => demo::run(),
+        Command::Demo(args) => demo::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
