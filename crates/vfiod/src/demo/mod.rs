@@ -67,6 +67,8 @@ enum Lacking {
 /// Runs it.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if let (Some(part), Some(device), Some(nodes)) = (args.client, &args.device, &args.nodes) {
+        // Without the demo there is nothing to use.
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
         let reach = Reach::Nodes(nodes.clone());
         let mut link = Link::new(std::io::stdin(), std::io::stdout());
         return client::play(part, &reach, device, &mut link);
@@ -196,8 +198,7 @@ impl Demo {
                 Some(place) => {
                     let file = place.sys().join(dir.trim_start_matches('/')).join("create");
                     self.say(Who::Host, &format!("echo {uuid} > {}", file.display()))?;
-                    std::fs::write(&file, uuid.to_string())
-                        .with_context(|| file.display().to_string())?;
+                    ended(&mut write(&file, &uuid.to_string())?, "the write")?;
                 }
                 None => {
                     self.say(Who::Host, &format!("create {kind} {uuid}"))?;
@@ -263,7 +264,10 @@ impl Demo {
                 (fds, _) => format!("by {}", count(fds, "descriptor")),
             };
             let since = holder.since_us.map_or(String::new(), since);
-            let who = format!("held by {} (pid {}), {what}{since}", holder.command, holder.pid);
+            let who = format!(
+                "held by {} (pid {}), {what}{since}",
+                holder.command, holder.pid
+            );
             self.say(Who::Core, &format!("{name}: {who}"))?;
         }
         drop(device);
@@ -392,8 +396,7 @@ impl Demo {
                 let dir = device.devpath();
                 let file = place.sys().join(dir.trim_start_matches('/')).join("remove");
                 self.say(Who::Host, &format!("echo 1 > …/{uuid}/remove"))?;
-                let writer = std::thread::spawn(move || std::fs::write(file, "1"));
-                Ok(Removal::Writer(writer))
+                Ok(Removal::Writer(write(&file, "1")?))
             }
             _ => {
                 let how = if policy == Policy::Wait {
@@ -410,17 +413,37 @@ impl Demo {
 
 /// A removal under way.
 enum Removal {
-    Writer(JoinHandle<std::io::Result<()>>),
+    Writer(Child),
     Call(Outcome),
 }
 
 impl Removal {
     fn wait(self) -> anyhow::Result<()> {
         match self {
-            Removal::Writer(writer) => Ok(writer.join().ok().context("the writer panicked")??),
+            Removal::Writer(mut writer) => ended(&mut writer, "the write"),
             Removal::Call(outcome) => done(outcome),
         }
     }
+}
+
+/// Writes to a file of our own mount as anybody would: from a process of its own. A thread of
+/// this one could keep it from ending, were it stopped in the middle.
+fn write(file: &Path, text: &str) -> anyhow::Result<Child> {
+    Command::new("/bin/sh")
+        .args(["-c", "printf %s \"$1\" > \"$0\""])
+        .arg(file)
+        .arg(text)
+        .stdin(Stdio::null())
+        .spawn()
+        .context("starting a shell")
+}
+
+fn ended(child: &mut Child, what: &str) -> anyhow::Result<()> {
+    let status = child.wait()?;
+    if !status.success() {
+        bail!("{what} failed: {status}");
+    }
+    Ok(())
 }
 
 fn done(outcome: Outcome) -> anyhow::Result<()> {
@@ -517,13 +540,7 @@ impl Client {
     /// Waits for its end; an error of the client's is one of the demo's.
     fn end(&mut self) -> anyhow::Result<()> {
         match &mut self.body {
-            Body::Process(child) => {
-                let status = child.wait()?;
-                if !status.success() {
-                    bail!("the client failed: {status}");
-                }
-                Ok(())
-            }
+            Body::Process(child) => ended(child, "the client"),
             Body::Thread(thread) => match thread.take() {
                 Some(thread) => thread.join().ok().context("the client panicked")?,
                 None => Ok(()),
@@ -586,7 +603,9 @@ fn since(micros: u64) -> String {
     let then = SystemTime::UNIX_EPOCH + Duration::from_micros(micros);
     SystemTime::now()
         .duration_since(then)
-        .map_or(String::new(), |ago| format!(", for {:.1} s", ago.as_secs_f64()))
+        .map_or(String::new(), |ago| {
+            format!(", for {:.1} s", ago.as_secs_f64())
+        })
 }
 
 fn wait_until(what: &str, f: impl Fn() -> bool) -> anyhow::Result<()> {

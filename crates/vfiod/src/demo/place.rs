@@ -111,11 +111,24 @@ impl Drop for Place {
 }
 
 /// Removes what is in the directory, mounts first, and the directory.
+///
+/// By force: a thread of this process that waits for an answer from a mount of this process would
+/// otherwise wait for ever once the answering thread is gone (`fs/fuse/dev.c`,
+/// `request_wait_answer`), and with it the process.
 pub(super) fn clean(dir: &Path) {
-    for dir in ["dev", "sys"].map(|name| dir.join(name)) {
-        // Only where a start that failed half way has left it; never through a mount.
-        let _ = rustix::mount::unmount(&dir, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
-        let _ = std::fs::remove_dir(dir);
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let ours = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+    let ours: Vec<&Path> = ours
+        .map(Path::new)
+        .filter(|at| at.starts_with(dir))
+        .collect();
+    for at in ours.into_iter().rev() {
+        let how = UnmountFlags::FORCE | UnmountFlags::NOFOLLOW | UnmountFlags::DETACH;
+        let _ = rustix::mount::unmount(at, how);
+    }
+    for name in ["dev", "sys"] {
+        // Never through a mount: then it is not empty.
+        let _ = std::fs::remove_dir(dir.join(name));
     }
     let _ = std::fs::remove_dir(dir);
 }
