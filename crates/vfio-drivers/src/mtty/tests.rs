@@ -210,11 +210,13 @@ fn regions_and_interrupts() {
         }
         assert_eq!(card.region(9), Err(Errno::INVAL));
         // Without an earlier GET_INFO, unlike the sample.
-        for (index, flags, count) in [(0, 7, 1), (1, 9, 1), (2, 9, 0), (3, 9, 0), (4, 9, 1)] {
+        for (index, flags, count) in [(0, 7, 1), (1, 9, 1), (2, 9, 0), (4, 9, 1)] {
             let irq = card.irq(index).unwrap();
             assert_eq!((irq.flags.bits(), irq.count), (flags, count), "irq {index}");
         }
-        assert_eq!(card.irq(5), Err(Errno::INVAL));
+        for index in [3, 5] {
+            assert_eq!(card.irq(index), Err(Errno::INVAL), "irq {index}");
+        }
     }
 }
 
