@@ -158,7 +158,10 @@ fn as_an_ordinary_user() {
     ));
     is_whole(&text);
     assert_eq!(limits(&text).len(), 1, "{text}");
-    assert!(limits(&text)[0].contains("only root"), "{text}");
+    assert!(
+        limits(&text)[0].contains("only the machine's root"),
+        "{text}"
+    );
     assert!(text.contains("a client is started, pid"), "{text}");
 
     let text = Place::new().shell(&format!(
@@ -170,6 +173,40 @@ fn as_an_ordinary_user() {
         limits(&text)[0].contains("/dev/fuse cannot be opened"),
         "{text}"
     );
+}
+
+/// Root there may mount, and may not pass through: that is said, too.
+#[test]
+fn as_root_of_a_container() {
+    if !fuse() {
+        return;
+    }
+    let text = Place::new().shell("unshare --user --map-root-user $VFIOD demo");
+    is_whole(&text);
+    assert_eq!(limits(&text).len(), 1, "{text}");
+    assert!(
+        limits(&text)[0].contains("only the machine's root"),
+        "{text}"
+    );
+    assert!(text.contains("a client is started, pid"), "{text}");
+}
+
+#[test]
+fn an_audience_that_leaves_is_no_failure() {
+    let place = Place::new();
+    let mut child = Command::new(place.program())
+        .arg("demo")
+        .env("TMPDIR", place.dir.path().join("tmp"))
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}: {errors}", output.status);
+    assert!(errors.is_empty(), "{errors}");
+    place.nothing_is_left();
 }
 
 #[test]

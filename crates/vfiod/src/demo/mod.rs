@@ -73,7 +73,17 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let mut link = Link::new(std::io::stdin(), std::io::stdout());
         return client::play(part, &reach, device, &mut link);
     }
-    Demo::new(args)?.tell()
+    match Demo::new(args)?.tell() {
+        // `vfiod demo | head`: the audience has seen enough, and all is taken away.
+        Err(error) if is_broken_pipe(&error) => Ok(()),
+        other => other,
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 /// How many devices there have been.
@@ -120,7 +130,7 @@ impl Demo {
                         limits.push("regions trap: native mapping is left out as asked".into());
                     } else if privacy == Privacy::User {
                         limits.push(
-                            "regions trap: only root may back a FUSE file for native mapping"
+                            "regions trap: only the machine's root may back a FUSE file for native mapping"
                                 .into(),
                         );
                     } else if !kernel_has_passthrough() {

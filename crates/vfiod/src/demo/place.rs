@@ -14,9 +14,9 @@ use vfio_fuse::{Mounts, Options};
 /// A namespace in which this process may mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Privacy {
-    /// With the rights it has.
+    /// With the rights it has: those of the machine's root.
     Root,
-    /// With those of a user namespace in which the user is who they are.
+    /// With those of a user namespace, made here or by a container.
     User,
 }
 
@@ -35,7 +35,8 @@ pub(super) fn namespace() -> Result<Privacy, String> {
         Err(error) => return Err(format!("/dev/fuse cannot be opened: {error}")),
     }
     let privacy = match sys::unshare(UnshareFlags::NEWNS) {
-        Ok(()) => Privacy::Root,
+        Ok(()) if is_initial_user_namespace() => Privacy::Root,
+        Ok(()) => Privacy::User,
         Err(Errno::PERM) => user_namespace()?,
         Err(errno) => return Err(format!("no mount namespace: {errno}")),
     };
@@ -43,6 +44,13 @@ pub(super) fn namespace() -> Result<Privacy, String> {
     rustix::mount::mount_change("/", all)
         .map_err(|errno| format!("the mounts cannot be made private: {errno}"))?;
     Ok(privacy)
+}
+
+/// Root of a container may mount and yet is not the machine's root. The initial user namespace has
+/// a number of its own (`include/linux/proc_ns.h`, `PROC_USER_INIT_INO`).
+fn is_initial_user_namespace() -> bool {
+    const PROC_USER_INIT_INO: u64 = 0xeffffffd;
+    rustix::fs::stat("/proc/self/ns/user").is_ok_and(|stat| stat.st_ino == PROC_USER_INIT_INO)
 }
 
 fn user_namespace() -> Result<Privacy, String> {
