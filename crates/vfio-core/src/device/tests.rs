@@ -694,7 +694,7 @@ mod random {
                             opens += 1;
                         }
                     },
-                    Step::Close(n) => if n < files.len() {
+                    Step::Close(n) if n < files.len() => {
                         files.remove(n).release();
                         bound = match bound {
                             Some(b) if b == n => None,

@@ -86,7 +86,7 @@ impl Session {
         let registers = client.region(device, 0).unwrap().2;
         Session {
             client,
-            device,
+            _device: device,
             iommufd,
             ioas,
             registers,
@@ -136,7 +136,7 @@ pub struct Bystander {
     longest: Arc<AtomicU64>,
     thread: Option<std::thread::JoinHandle<()>>,
     _seen: Arc<Seen>,
-    pub device: faux::Device,
+    _device: faux::Device,
 }
 
 impl Bystander {
@@ -172,7 +172,7 @@ impl Bystander {
             longest,
             thread: Some(thread),
             _seen: seen,
-            device,
+            _device: device,
         }
     }
 

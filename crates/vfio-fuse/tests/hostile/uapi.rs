@@ -19,7 +19,6 @@ pub const DESTROY: u32 = io(0x80);
 pub const IOAS_ALLOC: u32 = io(0x81);
 pub const IOAS_MAP: u32 = io(0x85);
 pub const IOAS_UNMAP: u32 = io(0x86);
-pub const IOAS_MAP_FILE: u32 = io(0x8f);
 
 pub const NONE: u32 = 1;
 pub const BOOL: u32 = 2;
@@ -44,11 +43,6 @@ pub fn word(bytes: &[u8], at: usize) -> u32 {
 
 pub fn long(bytes: &[u8], at: usize) -> u64 {
     u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap())
-}
-
-/// The low and high words of a number.
-pub fn halves(value: u64) -> [u32; 2] {
-    [value as u32, (value >> 32) as u32]
 }
 
 pub fn bind_arg(iommufd: u64) -> Vec<u8> {
