@@ -86,7 +86,7 @@ impl Session {
         let registers = client.region(device, 0).unwrap().2;
         Session {
             client,
-            _device: device,
+            device,
             iommufd,
             ioas,
             registers,
