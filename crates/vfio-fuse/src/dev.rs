@@ -1,7 +1,7 @@
 //! The `dev` tree: `vfio/devices/vfioN` and `iommu`.
 
 use crate::caller::{Contexts, FuseCaller};
-use crate::files::Files;
+use crate::files::{Files, note};
 use crate::identify::{IDENTIFY, is_ours};
 use crate::mounter::{Mounter, connection_config};
 use crate::node::{Node, Shared, Through, change, file_id};
@@ -336,7 +336,10 @@ impl Tree {
             .and_then(|caller| context.ioctl(cmd, arg, &caller));
         let _ = match result {
             Ok(value) => reply.result(i32::try_from(value).unwrap_or(i32::MAX), &[]),
-            Err(errno) => reply.error(errno),
+            Err(errno) => {
+                note("iommu", errno);
+                reply.error(errno)
+            }
         };
     }
 

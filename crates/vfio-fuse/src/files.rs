@@ -1,7 +1,34 @@
 //! Open files by the number that the kernel sends back with each request.
 
+use rustix::io::Errno;
 use slab::Slab;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+/// How often a lack of descriptors is worth a line.
+const SAY_AGAIN: Duration = Duration::from_secs(10);
+
+/// A request that ends because this process has no descriptor left says so, with advice: its
+/// client sees only an errno.
+pub(crate) fn note(name: &str, errno: Errno) {
+    static SAID: Mutex<Option<Instant>> = Mutex::new(None);
+    let which = match errno {
+        Errno::MFILE => "this process",
+        Errno::NFILE => "the machine",
+        _ => return,
+    };
+    let now = Instant::now();
+    let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+    if said.is_some_and(|at| now.saturating_duration_since(at) < SAY_AGAIN) {
+        return;
+    }
+    *said = Some(now);
+    drop(said);
+    tracing::warn!(
+        "{name}: {which} has no file descriptor left, a request failed with {errno}: \
+         raise LimitNOFILE (or `ulimit -n`; fs.file-max for the machine), or serve fewer clients"
+    );
+}
 
 /// A table of open files.
 #[derive(Debug)]

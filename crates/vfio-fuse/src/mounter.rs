@@ -251,10 +251,13 @@ impl Mounter {
                         match made {
                             Ok(own) if state.stopping => unwanted = Some(own),
                             Ok(own) => unwanted = state.own.insert(node.serial, own),
-                            Err(errno) => tracing::debug!(
-                                "{}: no connection of its own, it shares: {errno}",
-                                node.name
-                            ),
+                            Err(errno) => {
+                                crate::files::note(&node.name, errno);
+                                tracing::debug!(
+                                    "{}: no connection of its own, it shares: {errno}",
+                                    node.name
+                                );
+                            }
                         }
                         drop(state);
                         drop(unwanted);

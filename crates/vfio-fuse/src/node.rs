@@ -2,7 +2,7 @@
 
 use crate::Owner;
 use crate::caller::{Contexts, FuseCaller, opener};
-use crate::files::Files;
+use crate::files::{Files, note};
 use crate::mounter::Mounter;
 use client_process::FileId;
 use fuse_server::{
@@ -116,6 +116,7 @@ impl Node {
             }) {
             Ok(file) => file,
             Err(errno) => {
+                note(&self.name, errno);
                 let _ = reply.error(errno);
                 return;
             }
@@ -169,7 +170,10 @@ impl Node {
         drop(file);
         let _ = match result {
             Ok(value) => reply.result(i32::try_from(value).unwrap_or(i32::MAX), &[]),
-            Err(errno) => reply.error(errno),
+            Err(errno) => {
+                note(&self.name, errno);
+                reply.error(errno)
+            }
         };
     }
 

@@ -136,6 +136,23 @@ fn memory_of_every_kind(host: &Host, s: &Session) {
         "the file itself"
     );
     assert_eq!(long(&c.peek(c.arena, 8), 0), 0x0102_0304_0506_0708);
+    // The same file, mapped by its descriptor.
+    let by_file = |fd: u64, start: u64| {
+        let mut arg = words(&[40, MAP_RW | MAP_FIXED, s.ioas, fd as u32]);
+        for value in [start, 4096, 0x800_0000] {
+            arg.extend(value.to_ne_bytes());
+        }
+        c.ioctl(s.iommufd, IOAS_MAP_FILE, &mut arg)
+    };
+    assert_eq!(by_file(memfd, 4096), Ok(0));
+    s.dma_write(0x800_0008, 88).unwrap();
+    assert_eq!(long(&c.peek(shared + 4104, 8), 0), 88);
+    assert_eq!(s.unmap(0x800_0000, 4096), Ok(4096));
+    assert_eq!(by_file(u64::MAX, 0), Err(libc::EBADF));
+    assert_eq!(by_file(9999, 0), Err(libc::EBADF));
+    for fd in [s.device, s.iommufd] {
+        assert_eq!(by_file(fd, 0), Err(libc::EINVAL), "no memory");
+    }
     // Memory that the client itself may only read.
     let fixed = c
         .mmap(
