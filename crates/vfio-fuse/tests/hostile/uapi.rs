@@ -19,6 +19,7 @@ pub const DESTROY: u32 = io(0x80);
 pub const IOAS_ALLOC: u32 = io(0x81);
 pub const IOAS_MAP: u32 = io(0x85);
 pub const IOAS_UNMAP: u32 = io(0x86);
+pub const IOAS_MAP_FILE: u32 = io(0x8f);
 
 pub const NONE: u32 = 1;
 pub const BOOL: u32 = 2;
