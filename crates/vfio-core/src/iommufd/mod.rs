@@ -11,7 +11,7 @@
 //! Three locks, in this order, each held for lookups and changes only: the table of a context,
 //! then one IOAS or one port. While client memory is read or written none of them is held, since
 //! it may never answer; what keeps an area from being unmapped meanwhile is a count with a
-//! [`Gate`](gate::Gate), and whoever unmaps waits for it, not for ever.
+//! `Gate`, and whoever unmaps waits for it, not for ever.
 //!
 //! Differences from the kernel, all on purpose: nothing is pinned, so `RLIMIT_MEMLOCK` does not
 //! matter, memory that the client unmaps after mapping it for DMA is `EFAULT` at the access, and
