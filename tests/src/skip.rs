@@ -8,6 +8,20 @@ use std::panic::Location;
 pub const NO_PASSTHROUGH: &str =
     "this kernel has no FUSE passthrough (6.9 and newer have it), so no region is mapped natively";
 
+/// Whether this kernel is new enough for FUSE passthrough; the reason to skip is
+/// [`NO_PASSTHROUGH`].
+pub fn kernel_has_passthrough() -> bool {
+    let uname = rustix::system::uname();
+    let release = uname.release().to_string_lossy();
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(str::parse::<u32>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= (6, 9),
+        _ => true,
+    }
+}
+
 /// Says that the calling test is skipped and why; the test returns right afterwards.
 ///
 /// `cargo xtask test` collects what is said here, does not count the test as passed, and fails in
