@@ -4,8 +4,10 @@ mod console;
 pub mod daemon;
 pub mod guest;
 pub mod guest_hardware;
+pub mod huge_pages;
 mod initramfs;
 pub mod packages;
 pub mod skip;
 
+pub use huge_pages::HugePages;
 pub use skip::skip;

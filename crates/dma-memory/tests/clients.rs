@@ -317,56 +317,10 @@ fn a_fault_elsewhere_still_kills() {
     );
 }
 
-/// Says so on the terminal and, for whoever runs all suites, in the log of skipped tests.
-fn skip(test: &str, reason: &str) {
-    use std::io::Write;
-    eprintln!("SKIPPED {test}: {reason}");
-    if let Some(log) = std::env::var_os("VFIOD_SKIP_LOG") {
-        let mut log = std::fs::File::options()
-            .append(true)
-            .create(true)
-            .open(log)
-            .unwrap();
-        writeln!(log, "{test}\t{reason}").unwrap();
-    }
-}
-
-/// Reserves huge pages for one test; `None`, loudly, if the machine has none to give.
-struct HugePages(String);
-
-impl HugePages {
-    const PATH: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
-
-    fn reserve(n: u64) -> Option<Self> {
-        let before = std::fs::read_to_string(Self::PATH).ok()?;
-        let had: u64 = before.trim().parse().ok()?;
-        let kept = Self(before);
-        let _ = std::fs::write(Self::PATH, (had + n).to_string());
-        let now: u64 = std::fs::read_to_string(Self::PATH)
-            .ok()?
-            .trim()
-            .parse()
-            .ok()?;
-        if now < had + n {
-            skip(
-                "huge_pages_too",
-                "no huge pages of 2 MiB can be reserved here",
-            );
-            return None;
-        }
-        Some(kept)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        let _ = std::fs::write(Self::PATH, &self.0);
-    }
-}
-
 #[test]
 fn huge_pages_too() {
-    let Some(_pages) = HugePages::reserve(8) else {
+    let Some(_pages) = vfiod_tests::HugePages::reserve() else {
+        vfiod_tests::skip("no huge pages of 2 MiB can be reserved here");
         return;
     };
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
