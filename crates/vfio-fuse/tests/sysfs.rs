@@ -36,7 +36,7 @@ impl Tree {
             }),
             Err(errno) => {
                 assert!(std::env::var_os("CI").is_none(), "no FUSE in CI: {errno}");
-                eprintln!("SKIPPED {test}: FUSE cannot be mounted here: {errno}");
+                vfiod_tests::skip(&format!("{test}: FUSE cannot be mounted here: {errno}"));
                 None
             }
         }

@@ -94,7 +94,7 @@ fn fuse() -> bool {
         "CI has root and /dev/fuse"
     );
     if !there {
-        eprintln!("SKIPPED a demo with nodes: it needs root and /dev/fuse");
+        vfiod_tests::skip("a demo with nodes needs root and /dev/fuse");
     }
     there
 }

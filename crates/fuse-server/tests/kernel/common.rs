@@ -187,7 +187,7 @@ pub(crate) fn able() -> bool {
         Ok(_) => return true,
         Err(errno) => errno,
     };
-    println!("SKIPPED: no FUSE mount can be made here: {why}");
+    vfiod_tests::skip(&format!("no FUSE mount can be made here: {why}"));
     assert!(
         std::env::var_os("CI").is_none() || !Path::new("/dev/fuse").exists(),
         "CI has /dev/fuse, so the mount must work: {why}"

@@ -652,7 +652,7 @@ fn a_mapping_is_native_while_reads_are_trapped() {
         return;
     };
     if !tree.connection.has_passthrough() {
-        println!("SKIPPED: this kernel has no FUSE passthrough (Linux 6.9)");
+        vfiod_tests::skip(vfiod_tests::skip::NO_PASSTHROUGH);
         return tree.end();
     }
     let memfd = rustix::fs::memfd_create("region", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
@@ -777,7 +777,7 @@ fn another_server_goes_on_with_the_descriptor() {
         .features()
         .contains(fuse_server::Features::HAS_RESEND)
     {
-        println!("SKIPPED: this kernel does not send requests again (Linux 6.9)");
+        vfiod_tests::skip("this kernel does not send requests again (Linux 6.9)");
         return tree.end();
     }
     let file = open(&tree);
@@ -864,7 +864,7 @@ fn the_server_follows_its_client_to_each_cpu() {
     }
     let allowed = rustix::thread::sched_getaffinity(None).expect("affinity");
     if allowed.count() < 2 {
-        println!("SKIPPED: only one CPU");
+        vfiod_tests::skip("only one CPU");
         return;
     }
     let (fd, detached) = MountOptions::default().create().expect("mount");
@@ -957,7 +957,7 @@ fn it_works_in_a_user_namespace() {
     if text.contains("SKIPPED")
         || String::from_utf8_lossy(&output.stderr).contains("unshare failed")
     {
-        println!("SKIPPED: no FUSE mount in a user namespace here: {text}");
+        vfiod_tests::skip(&format!("no FUSE mount in a user namespace here: {text}"));
         assert!(
             std::env::var_os("CI").is_none(),
             "CI allows user namespaces"

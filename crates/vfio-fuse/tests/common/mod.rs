@@ -227,7 +227,7 @@ impl Host {
             }),
             Err(errno) => {
                 assert!(std::env::var_os("CI").is_none(), "no FUSE in CI: {errno}");
-                eprintln!("SKIPPED {test}: FUSE cannot be mounted here: {errno}");
+                vfiod_tests::skip(&format!("{test}: FUSE cannot be mounted here: {errno}"));
                 None
             }
         }
