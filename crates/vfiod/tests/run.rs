@@ -110,12 +110,17 @@ fn ours_is_beside_the_machines_own() {
         "ls /sys/kernel/mm/hugepages /sys/devices/system /sys/block /sys/fs",
         "cat /sys/kernel/mm/transparent_hugepage/enabled",
         "stat -c '%t:%T %a %u:%g' /dev/null /dev/zero /dev/kvm /dev/fuse /dev/tty",
-        "cd /sys/class; for c in *; do case $c in vfio-dev|mdev_bus|mtty|mdpy) ;; *) ls $c;; esac; done",
+        "cd /sys/class; for c in *; do case $c in vfio-dev|mdev_bus|mtty|mdpy|bdi) ;; *) ls $c;; esac; done",
         "cd /sys/module; for m in *; do case $m in vfio*|mdev|mtty|mdpy|iommufd) ;; *) find $m -type f;; esac; done | sort",
         "ls -l /sys/dev/block; readlink /dev/fd /dev/stdin",
         "cat /sys/kernel/uevent_seqnum",
     ] {
-        assert_eq!(inside.text(command), outside(command), "{command}");
+        // The machine goes on meanwhile: other tests mount, and each mount is a backing device and
+        // an event. What differs for good is what differs every time.
+        let mut same = || inside.text(command) == outside(command);
+        if !(0..20).any(|_| same()) {
+            assert_eq!(inside.text(command), outside(command), "{command}");
+        }
     }
     assert_eq!(
         inside.text("script -qec 'tty; echo a pty' /dev/null | tr -d '\\r' | tail -1"),
