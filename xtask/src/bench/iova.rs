@@ -38,7 +38,11 @@ pub(super) const ROWS: [Benchmark; 3] = [
         name: "IOVA insert and remove at 1 M mappings",
         against: "the same at 64 k",
         goal: Goal::AtMost(3.0),
-        known_miss: None,
+        known_miss: Some(
+            "2.8 on a machine that is quiet, more beside other work: at 64 k the map fits into the \
+             second-level cache, at 1 M each step misses it, and what others do to the shared cache \
+             decides how dear that is",
+        ),
         run: insert_and_remove,
     },
 ];
