@@ -20,5 +20,6 @@ pub mod group;
 pub mod ioctl;
 pub mod iommufd;
 pub mod pci;
+pub mod private;
 
 pub use dialect::UserMemory;

@@ -1,0 +1,100 @@
+//! vfiod's own commands on its own nodes, for `vfioctl run`: what the kernel's ABI has no command for, because the kernel does it itself.
+//!
+//! They are encoded `_IO('V', nr)`, a type byte that no VFIO or iommufd command has. The answers serve the supervisor that stands between a
+//! client and its system calls; a client that sends them itself gets nothing that its descriptors do not already give it.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// `_IO('V', nr)`.
+const fn io(nr: u32) -> u32 {
+    (b'V' as u32) << 8 | nr
+}
+
+/// On any node of vfiod's: what it is. The argument is the address of a [`What`].
+///
+/// `EFAULT` for memory that cannot be used, `EINVAL` for an `argsz` below 24. It is answered on a device file that was never bound, on a
+/// group that has died and on a file whose device is gone, too.
+pub const WHAT: u32 = io(0xf0);
+
+/// On a device file that was opened at its node and does nothing yet: makes it a file of the group that the caller's `group_fd` is.
+/// The argument is the address of an [`OpenDevice`]. Returns 0; then the file is as one that `VFIO_GROUP_GET_DEVICE_FD` returns.
+///
+/// `EFAULT`, `EINVAL` (`argsz` below 24, a name longer than 4096 bytes with its NUL, a file that is bound, a group without container),
+/// `EBADF` and `EBADFD` (`group_fd` is closed; is no group file of this daemon), `ENODEV` (the group has no such device, or it is going),
+/// `ESTALE` (the name means another device than this file's; find it again), and what opening the device says.
+pub const OPEN_DEVICE: u32 = io(0xf1);
+
+/// On a group file: which device of the group a name means. The argument is the address of a NUL-terminated name in the caller's memory.
+/// Returns N of the `vfioN` whose node is to be opened.
+///
+/// `EFAULT`; `EINVAL` without a NUL within 4096 bytes; `ENODEV` when the group has no such device, or none any more.
+pub const FIND_DEVICE: u32 = io(0xf2);
+
+/// Longest name of a device, its NUL included (`drivers/vfio/group.c`, `vfio_group_ioctl_get_device_fd`: `strndup_user(arg, PAGE_SIZE)`).
+pub const NAME_MAX: usize = 4096;
+
+/// What a node is: the answer to [`WHAT`].
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
+)]
+#[repr(C)]
+pub struct What {
+    /// In: bytes the caller offers, at least 24.
+    pub argsz: u32,
+    /// A [`kind`].
+    pub kind: u32,
+    /// Char device number that sysfs `dev` promises, major part.
+    pub major: u32,
+    /// Minor part.
+    pub minor: u32,
+    /// Permission bits, as `stat` says them.
+    pub mode: u32,
+    /// N of `vfioN` for a device, the number of the IOMMU group for a group, else 0.
+    pub index: u32,
+}
+layout!(What, size 24, min 24, { argsz 0, kind 4, major 8, minor 12, mode 16, index 20 });
+
+/// Values of [`What::kind`].
+pub mod kind {
+    /// `/dev/vfio/vfio`.
+    pub const CONTAINER: u32 = 1;
+    /// `/dev/vfio/N`.
+    pub const GROUP: u32 = 2;
+    /// `/dev/vfio/devices/vfioN`.
+    pub const DEVICE: u32 = 3;
+    /// `/dev/iommu`.
+    pub const IOMMU: u32 = 4;
+}
+
+/// The argument of [`OPEN_DEVICE`].
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
+)]
+#[repr(C)]
+pub struct OpenDevice {
+    /// Bytes of this structure, at least 24.
+    pub argsz: u32,
+    /// The group file, in the caller's table. To hold it is the right to open its devices.
+    pub group_fd: i32,
+    /// The process that will use the file, as the caller sees it; 0: the caller. For messages, it gives no right.
+    pub client_pid: u32,
+    /// Bytes of the name, without a NUL.
+    pub name_len: u32,
+    /// Address of the name, as the client gave it.
+    pub name_ptr: u64,
+}
+layout!(OpenDevice, size 24, min 24, { argsz 0, group_fd 4, client_pid 8, name_len 12, name_ptr 16 });
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_word_is_one_of_the_kernels() {
+        for word in [WHAT, OPEN_DEVICE, FIND_DEVICE] {
+            assert_eq!(word >> 8, u32::from(b'V'));
+            assert_ne!((word >> 8) as u8, crate::ioctl::TYPE);
+        }
+        assert_eq!([WHAT, OPEN_DEVICE, FIND_DEVICE], [0x56f0, 0x56f1, 0x56f2]);
+    }
+}
