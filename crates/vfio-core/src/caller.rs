@@ -1,12 +1,29 @@
 //! Who makes a call, and what a call can reach of them.
 
-use crate::Result;
+use crate::container::Container;
+use crate::device::DeviceFile;
 use crate::iommufd::Iommufd;
+use crate::{Errno, Result};
 pub use client_process::Capability;
 use client_process::Memory;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use vfio_uapi::UserMemory;
+
+/// What a client's descriptor is, told by the open *file* behind it: copies made by dup, fork and
+/// SCM_RIGHTS are one file.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum FileObject {
+    /// A context.
+    Iommufd(Arc<Iommufd>),
+    /// A container.
+    Container(Arc<Container>),
+    /// A device, from its own node or from a group.
+    Device(Arc<DeviceFile>),
+    /// None of ours.
+    Other,
+}
 
 /// The process behind an ioctl: its memory, its descriptors, its rights.
 ///
@@ -27,10 +44,17 @@ pub trait Caller: UserMemory {
     /// `O_PATH`.
     fn get_fd(&self, fd: i32) -> Result<OwnedFd>;
 
-    /// The iommufd context behind a descriptor of the caller's: the open *file*, so copies made
-    /// by dup, fork and SCM_RIGHTS are one context. `EBADF` when it is not open, `EBADFD` when
-    /// it is something else (`vfio_get_iommufd_from_fd`).
-    fn iommufd(&self, fd: i32) -> Result<Arc<Iommufd>>;
+    /// What a descriptor of the caller's is. `EBADF` when it is not open, or opened with `O_PATH`.
+    fn file(&self, fd: i32) -> Result<FileObject>;
+
+    /// The iommufd context behind a descriptor of the caller's. `EBADF` when it is not open,
+    /// `EBADFD` when it is something else (`vfio_get_iommufd_from_fd`).
+    fn iommufd(&self, fd: i32) -> Result<Arc<Iommufd>> {
+        match self.file(fd)? {
+            FileObject::Iommufd(context) => Ok(context),
+            _ => Err(Errno::BADFD),
+        }
+    }
 
     /// A lasting hold on the caller's address space, for DMA.
     fn memory(&self) -> Result<Arc<Memory>>;

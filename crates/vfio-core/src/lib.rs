@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 pub mod caller;
+pub mod container;
 mod core;
 pub mod device;
 pub mod event;

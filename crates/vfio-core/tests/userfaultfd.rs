@@ -14,7 +14,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::{Duration, SystemTime};
-use vfio_core::caller::{Caller, Capability};
+use vfio_core::caller::{Caller, Capability, FileObject};
 use vfio_core::device::{
     DeviceFile, DeviceInfo, DeviceOps, Dma, InitCx, IrqInfo, OpenCx, Opener, RegionInfo, RegionPos,
 };
@@ -120,8 +120,8 @@ impl Caller for Us {
     fn get_fd(&self, fd: i32) -> Result<OwnedFd> {
         self.thread().get_fd(fd)
     }
-    fn iommufd(&self, _fd: i32) -> Result<Arc<Iommufd>> {
-        Ok(Arc::clone(&self.0))
+    fn file(&self, _fd: i32) -> Result<FileObject> {
+        Ok(FileObject::Iommufd(Arc::clone(&self.0)))
     }
     fn memory(&self) -> Result<Arc<Memory>> {
         Memory::of(self.thread())

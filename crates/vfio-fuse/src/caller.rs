@@ -6,7 +6,7 @@ use client_process::{Capability, FileId, Memory};
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
-use vfio_core::caller::Caller;
+use vfio_core::caller::{Caller, FileObject};
 use vfio_core::device::Opener;
 use vfio_core::iommufd::Iommufd;
 use vfio_uapi::UserMemory;
@@ -92,18 +92,18 @@ impl Caller for FuseCaller<'_> {
         self.thread.get_fd(fd)
     }
 
-    fn iommufd(&self, fd: i32) -> Result<Arc<Iommufd>, Errno> {
+    fn file(&self, fd: i32) -> Result<FileObject, Errno> {
         // Our duplicate is the client's open file: asking our own node through it tells which one
         // that is, whoever copied the descriptor how. It is closed before the reply, and while it
         // is open the file cannot be released, so the number cannot mean another.
         let duplicate = self.thread.get_fd(fd)?;
         // Compared without asking any server: the file may be of one that never answers.
-        let id = FileId::of(&duplicate).map_err(|_| Errno::BADFD)?;
-        if self.contexts.node.get() != Some(&id) {
-            return Err(Errno::BADFD);
+        let node = self.contexts.node.get();
+        if node.is_none() || FileId::of(&duplicate).ok().as_ref() != node {
+            return Ok(FileObject::Other);
         }
-        let fh = identify(&duplicate)?;
-        self.contexts.files.get(fh).ok_or(Errno::BADFD)
+        let context = self.contexts.files.get(identify(&duplicate)?);
+        Ok(context.map_or(FileObject::Other, FileObject::Iommufd))
     }
 
     fn memory(&self) -> Result<Arc<Memory>, Errno> {

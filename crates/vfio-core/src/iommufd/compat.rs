@@ -1,7 +1,9 @@
 //! The file used as a VFIO container (`drivers/iommu/iommufd/vfio_compat.c`).
 
 use super::Iommufd;
+use crate::device::{Binding, Device};
 use crate::{Errno, Result};
+use std::sync::Arc;
 use vfio_uapi::ioctl::ContainerIoctl;
 
 /// Extensions that are answered without an IOAS: type1 in both versions, and unmapping all.
@@ -25,5 +27,19 @@ impl Iommufd {
             | ContainerIoctl::UnmapDma => Err(Errno::NODEV),
             _ => Err(Errno::NOTTY),
         }
+    }
+
+    /// `VFIO_GROUP_SET_CONTAINER` with an iommufd file: makes the container's IOAS if there is
+    /// none.
+    #[expect(dead_code, reason = "group files call it")]
+    pub(crate) fn compat_join(self: &Arc<Self>) -> Result {
+        Err(Errno::INVAL)
+    }
+
+    /// First open of a device of a group whose container this is: binds it and attaches it to the
+    /// container's IOAS. `ENODEV` when there is none. Dropping the value is the last close.
+    #[expect(dead_code, reason = "group files call it")]
+    pub(crate) fn compat_open(self: &Arc<Self>, _device: &Device) -> Result<Box<dyn Binding>> {
+        Err(Errno::NODEV)
     }
 }

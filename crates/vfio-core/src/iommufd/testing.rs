@@ -2,7 +2,7 @@
 //! itself, no mocks.
 
 use super::Iommufd;
-use crate::caller::{Caller, Capability};
+use crate::caller::{Caller, Capability, FileObject};
 use crate::device::{
     Device, DeviceInfo, DeviceOps, Dma, GroupType, InitCx, IrqInfo, OpenCx, Opener, RegionInfo,
     RegionPos, Registration, UnregisteredDevice,
@@ -70,9 +70,12 @@ impl Caller for Us {
     fn get_fd(&self, fd: i32) -> Result<OwnedFd> {
         self.thread().get_fd(fd)
     }
-    fn iommufd(&self, fd: i32) -> Result<Arc<Iommufd>> {
+    fn file(&self, fd: i32) -> Result<FileObject> {
         let contexts = self.contexts.lock().unwrap();
-        contexts.get(&fd).cloned().ok_or(Errno::BADFD)
+        Ok(match contexts.get(&fd) {
+            Some(context) => FileObject::Iommufd(Arc::clone(context)),
+            None => FileObject::Other,
+        })
     }
     fn memory(&self) -> Result<Arc<Memory>> {
         Memory::of(self.thread())

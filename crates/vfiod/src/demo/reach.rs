@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
-use vfio_core::caller::{Caller, Capability};
+use vfio_core::caller::{Caller, Capability, FileObject};
 use vfio_core::device::{DeviceFile, Opener};
 use vfio_core::iommufd::Iommufd;
 use vfio_core::{Core, Result};
@@ -206,8 +206,11 @@ impl Caller for Us {
         Us::thread()?.get_fd(fd)
     }
 
-    fn iommufd(&self, fd: i32) -> Result<Arc<Iommufd>> {
-        self.contexts().get(&fd).cloned().ok_or(Errno::BADFD)
+    fn file(&self, fd: i32) -> Result<FileObject> {
+        Ok(match self.contexts().get(&fd) {
+            Some(context) => FileObject::Iommufd(Arc::clone(context)),
+            None => FileObject::Other,
+        })
     }
 
     fn memory(&self) -> Result<Arc<client_process::Memory>> {

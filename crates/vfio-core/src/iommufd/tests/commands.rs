@@ -133,8 +133,8 @@ fn ioas_alloc() {
         fn get_fd(&self, fd: i32) -> Result<std::os::fd::OwnedFd> {
             self.0.get_fd(fd)
         }
-        fn iommufd(&self, fd: i32) -> Result<Arc<Iommufd>> {
-            self.0.iommufd(fd)
+        fn file(&self, fd: i32) -> Result<crate::caller::FileObject> {
+            self.0.file(fd)
         }
         fn memory(&self) -> Result<Arc<client_process::Memory>> {
             self.0.memory()

@@ -1,0 +1,8 @@
+//! Containers: `/dev/vfio/vfio` with a type1 backend (`drivers/vfio/container.c`,
+//! `vfio_iommu_type1.c`).
+
+mod file;
+
+#[expect(unused_imports, reason = "what a group file keeps")]
+pub(crate) use file::Attached;
+pub use file::Container;
