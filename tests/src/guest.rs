@@ -37,6 +37,7 @@ const READY: &str = "vfiod-guest-ready";
 #[derive(Debug)]
 pub struct Builder {
     prefix: Prefix,
+    qemu: PathBuf,
     kernel: Kernel,
     modules: Vec<String>,
     files: Vec<(PathBuf, String, bool)>,
@@ -82,6 +83,7 @@ impl Guest {
     pub fn builder(prefix: &Prefix) -> Builder {
         Builder {
             prefix: prefix.clone(),
+            qemu: prefix.qemu(),
             kernel: Kernel::Bookworm,
             modules: Vec::new(),
             files: Vec::new(),
@@ -246,6 +248,12 @@ impl Drop for Guest {
 }
 
 impl Builder {
+    /// Chooses another QEMU than the prefix's usual one, as [`Prefix::qemu11`].
+    pub fn qemu(mut self, program: impl Into<PathBuf>) -> Self {
+        self.qemu = program.into();
+        self
+    }
+
     /// Chooses the kernel.
     pub fn kernel(mut self, kernel: Kernel) -> Self {
         self.kernel = kernel;
@@ -378,7 +386,7 @@ impl Builder {
         command
             .args(["--pdeathsig", "KILL"])
             .args(runner)
-            .arg(self.prefix.qemu());
+            .arg(&self.qemu);
         command.args(["-machine", &self.machine, "-accel", "tcg", "-cpu", "max"]);
         command.args([
             "-m",

@@ -45,6 +45,23 @@ impl Prefix {
         self.dir.join("bin/qemu-system-x86_64")
     }
 
+    /// QEMU 11, x86-64, which has `vfio-user-pci`: a script that runs it with its own loader,
+    /// libraries and firmware.
+    ///
+    /// # Errors
+    /// It could not be fetched when the rest of the prefix was; meant for [`skip`](crate::skip()).
+    pub fn qemu11(&self) -> Result<PathBuf, String> {
+        let place = self.dir.join("trixie-backports");
+        if place.join("stamp").exists() {
+            Ok(place.join("qemu-system-x86_64"))
+        } else {
+            Err(format!(
+                "{} has no QEMU 11: `cargo xtask prepare` fetches it, or says why it cannot",
+                self.dir.display()
+            ))
+        }
+    }
+
     /// A BusyBox without libraries.
     pub fn busybox(&self) -> PathBuf {
         self.root().join("bin/busybox")

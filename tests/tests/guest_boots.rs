@@ -240,3 +240,30 @@ fn a_guest_with_a_newer_kernel_does_so_too() {
         .expect("vfio-pci takes the card");
     assert_cdev_off(&mut guest, &device.address);
 }
+
+#[test]
+fn a_guest_boots_under_qemu_11() {
+    let prefix = prefix_or_skip!();
+    let qemu = match prefix.qemu11() {
+        Ok(qemu) => qemu,
+        Err(reason) => return skip(&reason),
+    };
+    let mut guest = Guest::builder(&prefix)
+        .qemu(qemu)
+        .boot()
+        .expect("the guest boots");
+    let version = guest
+        .monitor(r#"{"execute": "query-version"}"#)
+        .expect("the monitor answers");
+    assert!(version.contains("\"major\": 11"), "{version}");
+    // It runs by its own loader, and is called after itself all the same.
+    let comm =
+        std::fs::read_to_string(format!("/proc/{}/comm", guest.pid())).expect("QEMU is a process");
+    assert_eq!(comm, "qemu-system-x86\n");
+    guest.check("true", SHORT).expect("the guest answers");
+    assert!(
+        guest
+            .power_off(SHORT)
+            .expect("the guest switches itself off")
+    );
+}

@@ -19,6 +19,35 @@ type Stanza = String;
 /// # Errors
 /// No source of the machine has the release.
 pub(crate) fn derive(etc_apt: &Path, codename: &str) -> Result<String> {
+    let text = with_backports(&stanzas(etc_apt)?, codename);
+    if text.is_empty() {
+        bail!(
+            "no source in {} has the suite {codename}: the private packages come from the machine's own mirror",
+            etc_apt.display()
+        );
+    }
+    Ok(text)
+}
+
+/// The same of a later release and its backports: where the machine gets `codename` from, its
+/// suites replaced. Mirrors and keyrings are the machine's, and Debian signs both releases with
+/// keys that one keyring has.
+///
+/// # Errors
+/// No source of the machine has `codename`.
+pub(crate) fn derive_later(etc_apt: &Path, codename: &str, later: &str) -> Result<String> {
+    let text = of_later(&stanzas(etc_apt)?, codename, later);
+    if text.is_empty() {
+        bail!(
+            "no source in {} has the suite {codename}: the packages of {later} come from the same mirror",
+            etc_apt.display()
+        );
+    }
+    Ok(text)
+}
+
+/// All enabled stanzas of the machine.
+fn stanzas(etc_apt: &Path) -> Result<Vec<Stanza>> {
     let mut stanzas: Vec<Stanza> = Vec::new();
     let mut files = vec![etc_apt.join("sources.list")];
     let parts = etc_apt.join("sources.list.d");
@@ -33,14 +62,7 @@ pub(crate) fn derive(etc_apt: &Path, codename: &str) -> Result<String> {
             _ => {}
         }
     }
-    let text = with_backports(&stanzas, codename);
-    if text.is_empty() {
-        bail!(
-            "no source in {} has the suite {codename}: the private packages come from the machine's own mirror",
-            etc_apt.display()
-        );
-    }
-    Ok(text)
+    Ok(stanzas)
 }
 
 /// The release of this machine, e.g. `bookworm`.
@@ -124,22 +146,39 @@ fn with_backports(stanzas: &[Stanza], codename: &str) -> String {
         format!("{codename}-security"),
         backports.clone(),
     ];
+    with_suites(stanzas, |mut suites| {
+        suites.retain(|suite| ours.contains(suite));
+        if suites.iter().any(|suite| suite == codename) && !suites.contains(&backports) {
+            suites.push(backports.clone());
+        }
+        suites
+    })
+}
+
+/// Those stanzas that have `codename`, with `later` and its backports in its place.
+fn of_later(stanzas: &[Stanza], codename: &str, later: &str) -> String {
+    with_suites(stanzas, |suites| {
+        if suites.iter().any(|suite| suite == codename) {
+            vec![later.to_owned(), format!("{later}-backports")]
+        } else {
+            Vec::new()
+        }
+    })
+}
+
+/// The stanzas of binary packages, each with the suites that `choose` makes of its own; one without
+/// any is left out.
+fn with_suites(stanzas: &[Stanza], choose: impl Fn(Vec<String>) -> Vec<String>) -> String {
     let mut text = String::new();
     for stanza in stanzas {
         if !field(stanza, "Types").is_some_and(|types| types.split_whitespace().any(|t| t == "deb"))
         {
             continue;
         }
-        let suites = field(stanza, "Suites").unwrap_or_default();
-        let mut suites: Vec<&str> = suites
-            .split_whitespace()
-            .filter(|suite| ours.iter().any(|our| our == suite))
-            .collect();
+        let own = field(stanza, "Suites").unwrap_or_default();
+        let suites = choose(own.split_whitespace().map(str::to_owned).collect());
         if suites.is_empty() {
             continue;
-        }
-        if suites.contains(&codename) && !suites.contains(&backports.as_str()) {
-            suites.push(&backports);
         }
         for line in stanza.lines() {
             let key = line.split(':').next().unwrap_or_default();
@@ -173,6 +212,19 @@ mod tests {
             "Types: deb\nURIs: http://mirror.example/debian\nSuites: bookworm bookworm-updates bookworm-backports\n\
              Components: main\nSigned-By: /usr/share/keyrings/debian.gpg\n\n\
              Types: deb\nURIs: http://mirror.example/security\nSuites: bookworm-security\nComponents: main\n\n"
+        );
+    }
+
+    #[test]
+    fn a_later_release_comes_from_the_same_mirror() {
+        let text = "Types: deb deb-src\nURIs: http://mirror.example/debian\nSuites: bookworm bookworm-updates\n\
+                    Components: main\nSigned-By: /usr/share/keyrings/debian.gpg\n\n\
+                    Types: deb\nURIs: http://mirror.example/security\nSuites: bookworm-security\nComponents: main\n\n\
+                    Types: deb\nURIs: http://other.example/\nSuites: stable\nComponents: main\n";
+        assert_eq!(
+            of_later(&of_sources(text), "bookworm", "trixie"),
+            "Types: deb\nURIs: http://mirror.example/debian\nSuites: trixie trixie-backports\n\
+             Components: main\nSigned-By: /usr/share/keyrings/debian.gpg\n\n"
         );
     }
 
