@@ -40,6 +40,11 @@ const FORBIDDEN: &[(&str, &[&str], &str)] = &[
         "the FUSE protocol server is of use without VFIO",
     ),
     (
+        "seccomp-notify",
+        &["vfio-core", "vfio-uapi", "client-process", "vfiod-control"],
+        "supervising system calls is of use without VFIO",
+    ),
+    (
         "dma-memory",
         &["vfio-core"],
         "client memory is below the core",
