@@ -16,7 +16,7 @@ use crate::workspace::Workspace;
 const FORBIDDEN: &[(&str, &[&str], &str)] = &[
     (
         "vfio-drivers",
-        &["vfio-fuse", "fuse-server"],
+        &["vfio-fuse", "fuse-server", "vfio-user"],
         "a driver must not know whether a file or a socket reached it",
     ),
     (
@@ -25,13 +25,24 @@ const FORBIDDEN: &[(&str, &[&str], &str)] = &[
         "a transport serves every driver alike",
     ),
     (
+        "vfio-user",
+        &["vfio-drivers", "vfio-fuse", "fuse-server"],
+        "a transport serves every driver alike, and knows no other transport",
+    ),
+    (
         "fuse-server",
         &["vfio-drivers"],
         "a transport serves every driver alike",
     ),
     (
         "vfio-core",
-        &["vfio-drivers", "vfio-fuse", "fuse-server", "vfiod-control"],
+        &[
+            "vfio-drivers",
+            "vfio-fuse",
+            "fuse-server",
+            "vfio-user",
+            "vfiod-control",
+        ],
         "the core is below drivers and transports",
     ),
     (

@@ -8,7 +8,7 @@ use crate::event::What;
 use crate::{Errno, Result};
 use client_process::{FileId, holders};
 use std::fmt;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::SystemTime;
 
 /// Who opened a file, as it was at that moment.
@@ -31,7 +31,11 @@ pub struct DeviceFile {
     device: WeakDevice,
     opener: Opener,
     state: RwLock<State>,
+    /// What to run when it is cut off; `None` once it has been.
+    cut_off: Mutex<Option<Vec<CutOff>>>,
 }
+
+pub(super) type CutOff = Box<dyn FnOnce() + Send>;
 
 /// `access_granted` as a type: operations exist only on a [`Grant`].
 enum State {
@@ -77,6 +81,7 @@ impl Device {
             device: self.downgrade(),
             opener,
             state: RwLock::new(State::Opened(user)),
+            cut_off: Mutex::new(Some(Vec::new())),
         });
         let mut files = self
             .head()
@@ -162,6 +167,26 @@ impl DeviceFile {
             let before = std::mem::replace(&mut *state, State::Dead);
             drop(state);
             drop(before);
+            let told = self
+                .cut_off
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take();
+            for f in told.into_iter().flatten() {
+                f();
+            }
+        }
+    }
+
+    /// See [`on_cut_off`](DeviceFile::on_cut_off).
+    pub(super) fn when_cut_off(&self, f: CutOff) {
+        let mut told = self.cut_off.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *told {
+            Some(list) => list.push(f),
+            None => {
+                drop(told);
+                f();
+            }
         }
     }
 

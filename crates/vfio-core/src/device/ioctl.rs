@@ -87,7 +87,7 @@ impl DeviceFile {
 /// close comes as a message, and the kernel lets go of the backing file after it
 /// (`fs/fuse/file.c`, `fuse_file_put`). So who finds the device open by no file any more waits a
 /// moment for the end of that close, and only a mapping that outlives its file is `EINVAL`.
-fn open_once_closed(device: &Device, bind: Bind<'_>) -> Result<Arc<dyn Session>> {
+pub(super) fn open_once_closed(device: &Device, bind: Bind<'_>) -> Result<Arc<dyn Session>> {
     let until = Instant::now() + CLOSING;
     loop {
         let opened = Arc::clone(&device.0).open(false, bind);
@@ -141,7 +141,7 @@ fn get_region_info(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
     vfio::write_back(caller, arg, &info, argsz)
 }
 
-fn region_caps(caps: &[RegionCap]) -> Caps {
+pub(super) fn region_caps(caps: &[RegionCap]) -> Caps {
     let mut chain = CapsBuilder::new();
     for cap in caps {
         chain = match cap {

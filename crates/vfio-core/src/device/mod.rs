@@ -14,6 +14,7 @@
 //! (registered? open?) are guards. A driver sees none of them: it implements [`DeviceOps`], and
 //! its bus, which lives in this crate, does the rest.
 
+mod direct;
 mod file;
 mod handle;
 mod housekeeper;

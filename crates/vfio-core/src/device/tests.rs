@@ -744,3 +744,78 @@ mod random {
         }
     }
 }
+
+struct NoMemory;
+
+impl DmaSpace for NoMemory {
+    fn read(&self, _iova: u64, _buf: &mut [u8]) -> Result {
+        Err(Errno::NOENT)
+    }
+    fn write(&self, _iova: u64, _data: &[u8]) -> Result {
+        Err(Errno::NOENT)
+    }
+}
+
+fn open_direct(device: &Device) -> Result<Arc<DeviceFile>> {
+    device.open_direct(opener(), Arc::new(NoMemory))
+}
+
+#[test]
+fn a_direct_file_is_bound_and_alone() {
+    let core = core();
+    let script = Arc::new(Script::default());
+    let registration = register(&core, &script);
+    let device = registration.device();
+    let unbound = device.open_cdev(opener()).unwrap();
+    let file = open_direct(device).unwrap();
+    assert!(file.is_bound());
+    assert_eq!(device.users(), 2);
+    assert_eq!(open_direct(device).unwrap_err(), Errno::BUSY);
+    assert_eq!(bind(&unbound), Err(Errno::INVAL), "as for any open device");
+    let at = |index| RegionPos { index, offset: 0 };
+    assert_eq!(file.read_region(at(0), &mut [0; 4]), Ok(4));
+    assert_eq!(file.write_region(at(0), &[0; 4]), Ok(4));
+    assert_eq!(file.read_region(at(1), &mut [0; 4]), Err(Errno::INVAL));
+    assert_eq!(file.write_region(at(1), &[0; 4]), Err(Errno::INVAL));
+    file.release();
+    assert_eq!(bind(&unbound), Ok(()));
+    assert_eq!(open_direct(device).unwrap_err(), Errno::BUSY);
+    drop(unbound);
+    drop(file);
+    registration.unregister().wait();
+    assert_eq!(
+        script.said(),
+        ["init", "open", "read", "close", "open", "close", "release"]
+    );
+}
+
+#[test]
+fn a_file_that_is_cut_off_tells_its_transport_once() {
+    let core = core();
+    let script = Arc::new(Script::default());
+    let registration = register(&core, &script);
+    let told = Arc::new(AtomicU32::new(0));
+    let tell = |file: &DeviceFile| {
+        let told = Arc::clone(&told);
+        file.on_cut_off(move || {
+            told.fetch_add(1, Ordering::SeqCst);
+        });
+    };
+    let closed = open_direct(registration.device()).unwrap();
+    tell(&closed);
+    drop(closed);
+    assert_eq!(told.load(Ordering::SeqCst), 0, "a close is no cut");
+    let file = open_direct(registration.device()).unwrap();
+    tell(&file);
+    *script.panic_in.lock().unwrap() = Some("read");
+    let at = RegionPos {
+        index: 0,
+        offset: 0,
+    };
+    assert_eq!(file.read_region(at, &mut [0]), Err(Errno::NODEV));
+    assert_eq!(told.load(Ordering::SeqCst), 1);
+    tell(&file);
+    assert_eq!(told.load(Ordering::SeqCst), 2, "at once: it has been cut");
+    registration.unregister().disassociate();
+    assert_eq!(told.load(Ordering::SeqCst), 2);
+}

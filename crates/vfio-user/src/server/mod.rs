@@ -1,0 +1,72 @@
+//! The server: devices of a core, each offered on a socket.
+
+mod offer;
+
+pub use offer::{Client, ClientKind, Offer, OfferOptions, Refusal};
+
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+use vfio_core::device::Device;
+
+/// What can be chosen about a server.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Most threads at once. A connection that is busy has one; at rest none has.
+    pub threads: usize,
+    /// Most DMA windows of one connection. 65 535 are announced, since QEMU takes no more for an
+    /// answer; a client that maps more is served up to here, then gets `ENOSPC`.
+    pub windows: usize,
+    /// Most different files behind the windows of one connection: each costs a descriptor and a
+    /// mapping. One more is `EMFILE`.
+    pub files: usize,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            threads: 512,
+            windows: 1_000_000,
+            files: 1024,
+        }
+    }
+}
+
+/// Serves any number of devices and connections with few threads: one per process is enough.
+/// Dropping it ends all that it serves.
+#[derive(Debug)]
+pub struct Server(());
+
+impl Server {
+    /// Starts one that serves nothing yet.
+    ///
+    /// # Errors
+    /// No descriptor or thread is to be had.
+    pub fn start(_options: Options) -> io::Result<Server> {
+        Ok(Server(()))
+    }
+
+    /// Serves `device` on this listening socket until the returned value is dropped.
+    ///
+    /// One client at a time: who comes second is refused at once, with the reason in the log and in
+    /// [`Offer::refused`]. The socket's file stays: removing it is for whoever made it.
+    ///
+    /// # Errors
+    /// The descriptor cannot be watched (`ENOMEM`, `ENOSPC`).
+    pub fn offer(
+        &self,
+        device: &Device,
+        listener: UnixListener,
+        options: OfferOptions,
+    ) -> io::Result<Offer> {
+        Offer::new(device, Some(listener), None, options)
+    }
+
+    /// Serves `device` on one socket that is connected already (`--fd`), until the client closes it
+    /// or the returned value is dropped.
+    ///
+    /// # Errors
+    /// As [`offer`](Server::offer).
+    pub fn serve(&self, device: &Device, stream: UnixStream) -> io::Result<Offer> {
+        Offer::new(device, None, Some(stream), OfferOptions::default())
+    }
+}
