@@ -15,10 +15,12 @@
 //! its bus, which lives in this crate, does the rest.
 
 mod direct;
+mod dirty;
 mod file;
 mod handle;
 mod housekeeper;
 mod ioctl;
+mod migration;
 mod ops;
 mod region;
 mod set;
@@ -33,6 +35,7 @@ pub use file::{DeviceFile, Opener};
 pub use handle::{
     Device, Pending, Policy, Registration, UnregisteredDevice, Unregistering, User, WeakDevice,
 };
+pub use migration::{DataDirection, MigrationFlags, State as MigrationState};
 pub use ops::{
     DeviceInfo, DeviceOps, Dma, DmaSpace, Feature, GfxPlane, GfxQuery, InitCx, IrqInfo, OpenCx,
     RegionCap, RegionInfo, RegionMemory, RegionPos, RequestChannel,
