@@ -114,6 +114,10 @@ pub(crate) enum Command {
     Events,
     /// How the daemon is.
     Status,
+    /// What this machine can and cannot do for vfiod, and what to do about it.
+    ///
+    /// Everything is tried, nothing is left behind. Exits with 1 if something essential is missing.
+    Doctor,
     /// Run a command that finds vfiod's devices in /sys and /dev, beside the machine's own.
     ///
     /// The command gets a mount namespace of its own; nothing changes outside.
@@ -129,6 +133,9 @@ pub(crate) enum Command {
     /// Writes text into a file of sysfs, in a process of its own: the write may never return.
     #[command(hide = true)]
     InternalWrite { file: PathBuf, text: String },
+    /// Tries things out for `doctor` and prints what came of it.
+    #[command(hide = true)]
+    InternalDoctor(crate::doctor::Role),
     /// Sends vfiod's uevents into this network namespace while a process lives.
     #[command(hide = true)]
     InternalUevents { pid: i32 },

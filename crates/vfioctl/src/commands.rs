@@ -67,6 +67,8 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Command::InternalUevents { pid } => {
             return crate::run::internal_uevents(daemon(global)?, *pid);
         }
+        Command::InternalDoctor(role) => return crate::doctor::internal(role),
+        Command::Doctor => return crate::doctor::run(global),
         Command::Events => return events(global),
         Command::Status => return status(global),
         Command::Run { uevents, command } => return crate::run::run(global, *uevents, command),
@@ -228,6 +230,8 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         | Command::Status
         | Command::InternalWrite { .. }
         | Command::InternalUevents { .. }
+        | Command::InternalDoctor { .. }
+        | Command::Doctor
         | Command::Run { .. } => {}
     }
     Ok(ExitCode::SUCCESS)

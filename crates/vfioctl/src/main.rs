@@ -2,7 +2,9 @@
 
 mod cli;
 mod commands;
+mod doctor;
 mod fail;
+mod namespace;
 mod plain;
 mod print;
 mod run;
