@@ -2,6 +2,7 @@
 
 use crate::container::Container;
 use crate::device::DeviceFile;
+use crate::group::GroupFile;
 use crate::iommufd::Iommufd;
 use crate::{Errno, Result};
 pub use client_process::Capability;
@@ -19,6 +20,8 @@ pub enum FileObject {
     Iommufd(Arc<Iommufd>),
     /// A container.
     Container(Arc<Container>),
+    /// A group.
+    Group(Arc<GroupFile>),
     /// A device, from its own node or from a group.
     Device(Arc<DeviceFile>),
     /// None of ours.

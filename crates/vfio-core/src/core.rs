@@ -2,6 +2,7 @@
 
 use crate::device::{Device, GroupType, Head, Housekeeper, Policy, Sets};
 use crate::event::{Event, Notice, Subscribers, Subscription, Uevent, What};
+use crate::group::{Group, Groups};
 use crate::index::{Index, IndexPool, MINOR_MASK};
 use crate::model::{BusDevice, IommuGroup, IommuGroups, Model};
 use crate::{Errno, Result};
@@ -16,6 +17,11 @@ pub struct Config {
     pub cdev: bool,
     /// Major number of the `vfio-dev` char region.
     pub cdev_major: u32,
+    /// Major number of the `vfio` char region, that of the group nodes. The series kept the name
+    /// although the nodes of devices have a region of their own, `vfio-dev`.
+    pub group_major: u32,
+    /// Minor number of `/dev/iommu`, a misc device.
+    pub iommu_minor: u32,
     /// How often users of a device that is going are asked to leave; the kernel's 10 s.
     pub request_interval: Duration,
     /// First IOMMU group number to use, beyond those that the machine has itself.
@@ -29,6 +35,8 @@ impl Default for Config {
         Config {
             cdev: true,
             cdev_major: 511,
+            group_major: 510,
+            iommu_minor: 127,
             request_interval: Duration::from_secs(10),
             first_iommu_group: 0,
             sysfs_policy: Policy::Wait,
@@ -47,6 +55,7 @@ struct Inner {
     /// Registered devices by index: what a name, the class and a char device number lead to.
     registered: RwLock<Vec<Option<Device>>>,
     groups: IommuGroups,
+    vfio_groups: Groups,
     sets: Sets,
     subscribers: Arc<Subscribers>,
     house: Arc<Housekeeper>,
@@ -62,6 +71,7 @@ impl Core {
             indexes: IndexPool::new(0, MINOR_MASK),
             registered: RwLock::default(),
             groups,
+            vfio_groups: Groups::default(),
             sets: Sets::default(),
             subscribers: Arc::default(),
             house: Arc::default(),
@@ -82,6 +92,27 @@ impl Core {
     /// IOMMU groups by number.
     pub fn iommu_groups(&self) -> &IommuGroups {
         &self.0.groups
+    }
+
+    /// The VFIO group of this IOMMU group, which is the name of its node.
+    pub fn group(&self, id: u32) -> Option<Arc<Group>> {
+        self.iommu_groups().get(id)?.vfio()
+    }
+
+    /// The VFIO group of this name: a number in decimal, without leading zeros.
+    pub fn group_by_name(&self, name: &str) -> Option<Arc<Group>> {
+        let group = self.group(name.parse().ok()?)?;
+        (group.name() == name).then_some(group)
+    }
+
+    /// The VFIO group with this minor number.
+    pub fn group_by_minor(&self, minor: u32) -> Option<Arc<Group>> {
+        self.0.vfio_groups.by_minor(minor)
+    }
+
+    /// All VFIO groups, in the order of their minor numbers.
+    pub fn groups(&self) -> Vec<Arc<Group>> {
+        self.0.vfio_groups.all()
     }
 
     /// The registered device with this number: behind `vfioN`, the class link and the char
@@ -189,6 +220,30 @@ impl Core {
         });
     }
 
+    /// The variables of a VFIO group's uevents, and of its `uevent` file: those of its node.
+    pub(crate) fn group_env(&self, group: &Group) -> Vec<(String, String)> {
+        vec![
+            ("MAJOR".into(), self.0.config.group_major.to_string()),
+            ("MINOR".into(), group.minor().to_string()),
+            ("DEVNAME".into(), format!("vfio/{}", group.id())),
+        ]
+    }
+
+    /// The uevent of a VFIO group, with `extra` variables before its own.
+    pub(crate) fn announce_group(&self, group: &Group, action: &str, extra: Vec<(String, String)>) {
+        if !self.is_heard() {
+            return;
+        }
+        let mut env = extra;
+        env.extend(self.group_env(group));
+        self.uevent(Uevent {
+            action: action.into(),
+            devpath: format!("/devices/virtual/vfio/{}", group.id()),
+            subsystem: "vfio".into(),
+            env,
+        });
+    }
+
     /// Group, then names (`vfio_device_set_group`, `vfio_device_add`).
     pub(crate) fn publish(&self, device: &Device, kind: GroupType) -> Result {
         let parent = device.parent();
@@ -196,7 +251,7 @@ impl Core {
             tracing::warn!("{}: has a VFIO device already", parent.name());
             return Err(Errno::INVAL);
         }
-        let group = match kind {
+        let iommu = match kind {
             GroupType::Physical => parent.iommu_group().ok_or(Errno::INVAL)?,
             GroupType::Emulated => {
                 let group = self.0.groups.create(Some("vfio-noiommu"))?;
@@ -204,6 +259,14 @@ impl Core {
                 group
             }
         };
+        let (group, is_new) = self.0.vfio_groups.join(&iommu, kind).inspect_err(|_| {
+            if kind == GroupType::Emulated {
+                iommu.remove(parent);
+            }
+        })?;
+        if is_new {
+            self.announce_group(&group, "add", Vec::new());
+        }
         *device
             .head()
             .group
@@ -224,8 +287,18 @@ impl Core {
         Ok(())
     }
 
-    /// The names go: class, char link and the parent's directory at once.
+    /// The device can be found in its group from now on.
+    pub(crate) fn list_in_group(&self, device: &Device) {
+        if let Some(group) = device.vfio_group() {
+            group.add(device);
+        }
+    }
+
+    /// The names go: the group's, then class, char link and the parent's directory at once.
     pub(crate) fn unpublish(&self, device: &Device) {
+        if let Some(group) = device.vfio_group() {
+            group.remove(device);
+        }
         let mut registered = self
             .0
             .registered
@@ -239,7 +312,8 @@ impl Core {
         device.parent().set_vfio_device(None);
     }
 
-    /// The group unit goes; with it, for a software device, the group made for it.
+    /// The group unit goes; with it, for a software device, the group made for it. The VFIO group
+    /// dies with the last.
     pub(crate) fn leave_group(&self, device: &Device) {
         let group = device
             .head()
@@ -247,8 +321,18 @@ impl Core {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        if let (Some(group), Some(GroupType::Emulated)) = (&group, device.kind()) {
-            group.remove(device.parent());
+        let Some(group) = group else { return };
+        if group.kind() == GroupType::Emulated {
+            device.parent().leave_iommu_group();
+        }
+        if self.0.vfio_groups.leave(&group) {
+            self.announce_group(&group, "remove", Vec::new());
+            if self.is_heard() {
+                self.0.subscribers.send(&Notice::GroupGone {
+                    name: group.name(),
+                    serial: group.serial(),
+                });
+            }
         }
     }
 

@@ -76,6 +76,13 @@ pub enum Notice {
     Event(Event),
     /// udev would be told this.
     Uevent(Uevent),
+    /// A VFIO group has died: its name leads nowhere, files of it that are open live on.
+    GroupGone {
+        /// Its name, the number of its IOMMU group.
+        name: String,
+        /// [`Group::serial`](crate::group::Group::serial).
+        serial: u64,
+    },
 }
 
 type Subscriber = Arc<dyn Fn(&Notice) + Send + Sync>;

@@ -13,6 +13,7 @@ pub mod container;
 mod core;
 pub mod device;
 pub mod event;
+pub mod group;
 pub mod index;
 pub mod iommufd;
 pub mod irq;

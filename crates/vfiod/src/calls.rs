@@ -138,7 +138,7 @@ impl Server {
             Call::WaitGone { device, timeout_ms } => self.wait_gone(&device, timeout_ms, peer),
             Call::Events => self.stream(peer, |notice| match notice {
                 Notice::Event(event) => Some(Answer::Event(devices::event(event))),
-                Notice::Uevent(_) => None,
+                Notice::Uevent(_) | Notice::GroupGone { .. } => None,
             }),
             Call::Uevents if self.uevents == Uevents::Host => Err(fail(
                 FailureKind::Failed,
@@ -148,7 +148,7 @@ impl Server {
             .into()),
             Call::Uevents => self.stream(peer, |notice| match notice {
                 Notice::Uevent(uevent) => Some(Answer::Uevent(crate::uevent::translate(uevent))),
-                Notice::Event(_) => None,
+                Notice::Event(_) | Notice::GroupGone { .. } => None,
             }),
             Call::MergeTree => self.merge_tree(),
         }

@@ -34,7 +34,6 @@ impl Container {
 
     /// `VFIO_GROUP_SET_CONTAINER`: the group joins. Dropping the value takes it out again; with
     /// the last group the backend goes, and every mapping.
-    #[expect(dead_code, reason = "group files call it")]
     pub(crate) fn attach(
         self: &Arc<Self>,
         _group: &Arc<IommuGroup>,
@@ -53,7 +52,6 @@ pub(crate) struct Attached {
 impl Attached {
     /// First open of a device of the group: `EINVAL` before `VFIO_SET_IOMMU`. Dropping the value
     /// is the last close.
-    #[expect(dead_code, reason = "group files call it")]
     pub(crate) fn open(&self, _device: &Device) -> Result<Box<dyn Binding>> {
         Err(Errno::INVAL)
     }

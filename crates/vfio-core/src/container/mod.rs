@@ -3,6 +3,5 @@
 
 mod file;
 
-#[expect(unused_imports, reason = "what a group file keeps")]
 pub(crate) use file::Attached;
 pub use file::Container;

@@ -8,7 +8,7 @@ use super::file::DeviceFile;
 use super::handle::Device;
 use super::ioctl::open_once_closed;
 use super::ops::{DmaSpace, Feature, RegionInfo, RegionPos};
-use super::shared::Binding;
+use super::shared::{Binding, Leased};
 use super::{Opener, ioctl};
 use crate::irq::SetIrqs;
 use crate::{Errno, Result};
@@ -38,15 +38,19 @@ impl Device {
     /// Opens the device for a transport with a DMA space of its own. On return the driver's `open`
     /// has run, and the file may do everything a bound one may.
     ///
-    /// `EBUSY` while anybody has the device open (bound, or still mapped after its close),
+    /// `EBUSY` while anybody has the device open (bound, or still mapped after its close) or its
+    /// group's node,
     /// `ENODEV` as [`open_cdev`](Device::open_cdev), else what the driver's `open` says; on error
-    /// nothing remains open. While the file is open, BIND of another one is refused as for any
-    /// open device (`vfio_df_open`).
+    /// nothing remains open. While the file is open, BIND of another one and opens of the group are
+    /// refused as for any open device (`vfio_df_open`, `vfio_device_block_group`).
     pub fn open_direct(&self, opener: Opener, dma: Arc<dyn DmaSpace>) -> Result<Arc<DeviceFile>> {
         let file = self.open_cdev(opener)?;
+        let group = self.vfio_group().ok_or(Errno::NODEV)?;
+        let mut lease = Some(group.block()?);
         let session = open_once_closed(self, &mut || {
-            let binding: Box<dyn Binding> = Box::new(Direct(Arc::clone(&dma)));
-            Ok(Some(binding))
+            let binding = Box::new(Direct(Arc::clone(&dma)));
+            let lease = lease.take().ok_or(Errno::BUSY)?;
+            Ok(Some(Leased::boxed(binding, lease)))
         })
         .map_err(|errno| match errno {
             Errno::INVAL if self.is_open() => Errno::BUSY,

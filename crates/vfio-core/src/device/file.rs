@@ -3,12 +3,13 @@
 
 use super::handle::{Device, User, WeakDevice};
 use super::ops::RegionPos;
-use super::shared::{Life, Session};
+use super::shared::{Leased, Life, Session};
 use crate::event::What;
+use crate::group::GroupFile;
 use crate::{Errno, Result};
 use client_process::{FileId, holders};
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::SystemTime;
 
 /// Who opened a file, as it was at that moment.
@@ -30,6 +31,8 @@ pub struct Opener {
 pub struct DeviceFile {
     device: WeakDevice,
     opener: Opener,
+    /// Who it was opened for, if a supervisor opened it.
+    user: OnceLock<Opener>,
     state: RwLock<State>,
     /// What to run when it is cut off; `None` once it has been.
     cut_off: Mutex<Option<Vec<CutOff>>>,
@@ -54,6 +57,8 @@ enum State {
 pub(super) struct Grant {
     pub(super) session: Arc<dyn Session>,
     pub(super) user: User,
+    /// It belongs to a group: BIND, ATTACH and DETACH are not for it.
+    pub(super) by_group: bool,
 }
 
 impl fmt::Debug for DeviceFile {
@@ -65,7 +70,7 @@ impl fmt::Debug for DeviceFile {
             State::Released => "released",
         };
         f.debug_struct("DeviceFile")
-            .field("opener", &self.opener)
+            .field("opener", self.opener())
             .field("state", &state)
             .finish()
     }
@@ -80,6 +85,7 @@ impl Device {
         let file = Arc::new(DeviceFile {
             device: self.downgrade(),
             opener,
+            user: OnceLock::new(),
             state: RwLock::new(State::Opened(user)),
             cut_off: Mutex::new(Some(Vec::new())),
         });
@@ -102,9 +108,14 @@ impl Device {
 }
 
 impl DeviceFile {
-    /// Who opened it.
+    /// Who opened it; for a file of a group, who it was opened for.
     pub fn opener(&self) -> &Opener {
-        &self.opener
+        self.user.get().unwrap_or(&self.opener)
+    }
+
+    /// True if it belongs to a group, by [`open_by_group`](DeviceFile::open_by_group).
+    pub fn is_by_group(&self) -> bool {
+        matches!(&*self.state(), State::Granted(grant) if grant.by_group)
     }
 
     /// The device, while it is not released.
@@ -112,7 +123,7 @@ impl DeviceFile {
         self.device.upgrade()
     }
 
-    /// True once BIND has succeeded, until the file is closed or cut off.
+    /// True once BIND or an open by the group has succeeded, until the file is closed or cut off.
     pub fn is_bound(&self) -> bool {
         matches!(&*self.state(), State::Granted(_))
     }
@@ -134,6 +145,36 @@ impl DeviceFile {
             return Ok(0);
         }
         grant.session.write(at, data)
+    }
+
+    /// Makes a file that was opened at the char device, and may do nothing yet, a file of the group:
+    /// what `VFIO_GROUP_GET_DEVICE_FD` does after it has looked the name up
+    /// (`drivers/vfio/group.c`, `vfio_device_open_file`). From here on it is as one that the group
+    /// returned: bound, with the session that all files of the device share. `user` is who it is
+    /// for.
+    ///
+    /// `EINVAL` for a file that is bound, and for a group without a container, or with one that has
+    /// no IOMMU set; `ENODEV` when the name means no device of the group, or the device was cut off;
+    /// `ESTALE` when it means another device than this file's; `EBADF` when the group file has been
+    /// closed; else what binding and the driver's `open` say. On error the file is as before.
+    pub fn open_by_group(&self, group: &GroupFile, name: &[u8], user: Opener) -> Result {
+        let device = self.unbound()?;
+        if group.find_device(name)?.serial() != device.serial() {
+            return Err(Errno::STALE);
+        }
+        let (way, lease) = group.way()?;
+        // Given back, if somebody has the device open already, with no lock held.
+        let mut lease = Some(lease);
+        let session = Arc::clone(&device.0).open(true, &mut || {
+            let binding = way.open(&device)?;
+            let lease = lease.take().ok_or(Errno::BUSY)?;
+            Ok(Some(Leased::boxed(binding, lease)))
+        })?;
+        let _ = self.user.set(Opener {
+            node: self.opener.node,
+            ..user
+        });
+        self.give_as(session, true)
     }
 
     /// The last descriptor is gone. On return the driver's `close` has run and the file counts
@@ -210,10 +251,18 @@ impl DeviceFile {
 
     /// The end of BIND. `ENODEV` when the file was cut off meanwhile; the session is closed then.
     pub(super) fn give(&self, session: Arc<dyn Session>) -> Result {
+        self.give_as(session, false)
+    }
+
+    fn give_as(&self, session: Arc<dyn Session>, by_group: bool) -> Result {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         match std::mem::replace(&mut *state, State::Dead) {
             State::Opened(user) => {
-                *state = State::Granted(Arc::new(Grant { session, user }));
+                *state = State::Granted(Arc::new(Grant {
+                    session,
+                    user,
+                    by_group,
+                }));
                 Ok(())
             }
             other => {

@@ -6,6 +6,7 @@ use super::slot::ReleaseSlot;
 use super::users::{Lease, Rundown};
 use super::{DeviceFile, DeviceInfo, IrqInfo, RegionInfo};
 use crate::event::What;
+use crate::group::Group;
 use crate::model::BusDevice;
 use crate::{Core, Errno, Result};
 use std::fmt;
@@ -66,6 +67,7 @@ impl<O: DeviceOps> UnregisteredDevice<O> {
                 let _ = head.kind.set(kind);
                 head.set_life(Life::Registered);
                 head.users.open();
+                head.core.list_in_group(&device);
                 head.core.event(head, What::Registered);
                 head.core.announce(&device, "add", Vec::new());
                 Ok(Registration(Some(device)))
@@ -353,6 +355,18 @@ impl Device {
     /// Where in its life it is.
     pub fn life(&self) -> Life {
         self.head().life()
+    }
+
+    /// Its VFIO group, from register to the end of unregister.
+    pub fn vfio_group(&self) -> Option<Arc<Group>> {
+        let group = &self.head().group;
+        group.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// True if a name means this device (`VFIO_GROUP_GET_DEVICE_FD`); see
+    /// [`DeviceOps::matches`](super::DeviceOps::matches).
+    pub(crate) fn matches(&self, name: &[u8]) -> Result<bool> {
+        Arc::clone(&self.0).matches(name)
     }
 
     /// Physical or emulated; `None` before register.

@@ -6,7 +6,7 @@
 use super::file::{DeviceFile, Grant};
 use super::handle::Device;
 use super::ops::{Feature, GfxQuery, RegionCap};
-use super::shared::{Bind, Binding, GroupType, Session};
+use super::shared::{Bind, Binding, GroupType, Leased, Session};
 use crate::caller::Caller;
 use crate::irq::{Action, Data, EventfdSource, SetIrqs, Trigger};
 use crate::{Errno, Result};
@@ -50,6 +50,10 @@ impl DeviceFile {
             DeviceIoctl::Reset => grant.session.reset(),
             DeviceIoctl::QueryGfxPlane => query_gfx_plane(grant, arg, caller),
             DeviceIoctl::Feature => feature(grant, arg, caller),
+            // Of a group's file the driver is asked, and no driver knows them.
+            DeviceIoctl::AttachIommufdPt | DeviceIoctl::DetachIommufdPt if grant.by_group => {
+                Err(Errno::NOTTY)
+            }
             DeviceIoctl::AttachIommufdPt => attach(grant, arg, caller),
             DeviceIoctl::DetachIommufdPt => detach(grant, arg, caller),
             _ => Err(Errno::NOTTY),
@@ -64,7 +68,10 @@ impl DeviceFile {
         if bind.iommufd < 0 || !(bind.flags - BindFlags::TOKEN).is_empty() {
             return Err(Errno::INVAL);
         }
+        // A file of a group is bound, too.
         let device = self.unbound()?;
+        let group = device.vfio_group().ok_or(Errno::NODEV)?;
+        let mut lease = Some(group.block()?);
         if bind.flags.contains(BindFlags::TOKEN) {
             // No driver here has VF tokens.
             return Err(Errno::INVAL);
@@ -72,7 +79,8 @@ impl DeviceFile {
         let context = caller.iommufd(bind.iommufd)?;
         let session = open_once_closed(&device, &mut || {
             let binding: Box<dyn Binding> = context.bind(&device)?;
-            Ok(Some(binding))
+            let lease = lease.take().ok_or(Errno::BUSY)?;
+            Ok(Some(Leased::boxed(binding, lease)))
         })?;
         bind.out_devid = session.binding().map_or(0, Binding::devid);
         let at = arg + offset_of!(BindIommufd, out_devid) as u64;

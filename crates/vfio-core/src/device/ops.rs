@@ -93,6 +93,13 @@ pub trait DeviceOps: Send + Sync + Sized + 'static {
     /// `open` has returned. `ops->dma_unmap`.
     fn dma_unmap(&self, _session: &Self::Session, _iova: u64, _len: u64) {}
 
+    /// True if a client that asks the group for `name` (`VFIO_GROUP_GET_DEVICE_FD`) means this device,
+    /// whose parent's name is `parent`; by default if the two are equal. An error ends the client's
+    /// search: a name that is malformed, or a token that is wrong (`ops->match`).
+    fn matches(&self, parent: &str, name: &[u8]) -> Result<bool> {
+        Ok(parent.as_bytes() == name)
+    }
+
     /// Attribute groups that the driver adds to its parent's directory, as `(group, name)`, all
     /// readable: mdpy's `vendor/resolution`.
     fn attributes(&self) -> &'static [(&'static str, &'static str)] {

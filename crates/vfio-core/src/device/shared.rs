@@ -8,9 +8,10 @@ use super::slot::SlotLease;
 use super::users::Users;
 use super::{Device, DeviceFile, DeviceInfo, Feature, GfxPlane, GfxQuery, IrqInfo, RegionPos};
 use crate::event::What;
+use crate::group::{Group, Lease};
 use crate::index::Index;
 use crate::irq::SetIrqs;
-use crate::model::{BusDevice, IommuGroup};
+use crate::model::BusDevice;
 use crate::{Core, Errno, Result};
 use dma_memory::DeviceMemory;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -35,7 +36,7 @@ pub(crate) struct Head {
     /// Unlike any other device's of this process, for ever: numbers are used again, this is not.
     pub(crate) serial: u64,
     pub(crate) files: Mutex<Vec<Weak<DeviceFile>>>,
-    pub(crate) group: Mutex<Option<Arc<IommuGroup>>>,
+    pub(crate) group: Mutex<Option<Arc<Group>>>,
     /// Taken in `register`: how it was registered.
     pub(crate) kind: OnceLock<GroupType>,
     life: AtomicU8,
@@ -110,6 +111,43 @@ pub(crate) trait Binding: Send + Sync {
     fn attach(&self, pt_id: u32) -> Result<u32>;
     /// `VFIO_DEVICE_DETACH_IOMMUFD_PT`.
     fn detach(&self);
+    /// What is to be given back after the last close, when the set's lock is free again.
+    fn take_lease(&mut self) -> Option<Lease> {
+        None
+    }
+}
+
+/// A binding with a hold on the device's group.
+pub(crate) struct Leased {
+    binding: Box<dyn Binding>,
+    lease: Option<Lease>,
+}
+
+impl Leased {
+    pub(crate) fn boxed(binding: Box<dyn Binding>, lease: Lease) -> Box<dyn Binding> {
+        Box::new(Leased {
+            binding,
+            lease: Some(lease),
+        })
+    }
+}
+
+impl Binding for Leased {
+    fn dma(&self) -> Arc<dyn DmaSpace> {
+        self.binding.dma()
+    }
+    fn devid(&self) -> u32 {
+        self.binding.devid()
+    }
+    fn attach(&self, pt_id: u32) -> Result<u32> {
+        self.binding.attach(pt_id)
+    }
+    fn detach(&self) {
+        self.binding.detach();
+    }
+    fn take_lease(&mut self) -> Option<Lease> {
+        self.lease.take()
+    }
 }
 
 /// An open device, whatever its driver. The last clone to go closes it.
@@ -150,6 +188,8 @@ pub(crate) trait AnyDevice: Send + Sync {
     fn request(self: Arc<Self>, count: u32) -> RequestChannel;
     /// Tells the driver, if the device is open, that client memory is going.
     fn dma_unmap(self: Arc<Self>, iova: u64, len: u64);
+    /// True if a name given to the group means it.
+    fn matches(self: Arc<Self>, name: &[u8]) -> Result<bool>;
     fn attributes(&self) -> &'static [(&'static str, &'static str)];
     fn show(self: Arc<Self>, group: &str, name: &str) -> Result<String>;
     fn is_open(&self) -> bool;
@@ -253,6 +293,23 @@ impl<O: DeviceOps> Shared<O> {
     fn opens(&self) -> MutexGuard<'_, Opens<O>> {
         unpoison(&self.opens)
     }
+
+    /// The driver's `open`, with the set's lock held.
+    fn first_open(self: &Arc<Self>, binding: Option<&dyn Binding>) -> Result<O::Session> {
+        let device = self.device();
+        let memory = device.0.memory()?.cloned();
+        let layout = device.0.layout()?;
+        let cx = OpenCx {
+            device: &device,
+            dma: Dma(match binding {
+                Some(binding) => binding.dma(),
+                None => Arc::new(NoDma),
+            }),
+            memory,
+            areas: &layout.areas,
+        };
+        self.contain(|ops| ops.open(&cx))
+    }
 }
 
 impl Head {
@@ -336,6 +393,8 @@ impl<O: DeviceOps> AnyDevice for Shared<O> {
     }
 
     fn open(self: Arc<Self>, repeated: bool, bind: Bind<'_>) -> Result<Arc<dyn Session>> {
+        // Given back, on failure, when the set's lock is free again.
+        let mut _lease: Option<Lease> = None;
         let _set = self.head.set_membership().lock();
         if self.head.life() == Life::Dead {
             return Err(Errno::NODEV);
@@ -351,20 +410,10 @@ impl<O: DeviceOps> AnyDevice for Shared<O> {
                 };
             }
         }
-        let binding = bind()?;
-        let device = self.device();
-        let memory = self.device().0.memory()?.cloned();
-        let layout = device.0.layout()?;
-        let cx = OpenCx {
-            device: &device,
-            dma: Dma(match &binding {
-                Some(binding) => binding.dma(),
-                None => Arc::new(NoDma),
-            }),
-            memory,
-            areas: &layout.areas,
-        };
-        let session = self.contain(|ops| ops.open(&cx))?;
+        let mut binding = bind()?;
+        let session = self.first_open(binding.as_deref()).inspect_err(|_| {
+            _lease = binding.as_mut().and_then(|binding| binding.take_lease());
+        })?;
         let session = Arc::new(OpenSession {
             shared: Arc::clone(&self),
             session: Some(session),
@@ -390,6 +439,10 @@ impl<O: DeviceOps> AnyDevice for Shared<O> {
         if let Some(session) = session {
             session.dma_unmap(iova, len);
         }
+    }
+
+    fn matches(self: Arc<Self>, name: &[u8]) -> Result<bool> {
+        self.contain(|ops| ops.matches(self.head.parent.name(), name))
     }
 
     fn attributes(&self) -> &'static [(&'static str, &'static str)] {
@@ -467,9 +520,12 @@ impl<O: DeviceOps> Drop for OpenSession<O> {
                     .event(&self.shared.head, What::Panicked);
             }
         }
-        drop(self.binding.take());
+        let mut binding = self.binding.take();
+        let lease = binding.as_mut().and_then(|binding| binding.take_lease());
+        drop(binding);
         self.shared.opens().open = false;
         drop(set);
+        drop(lease);
         self.shared
             .head
             .core

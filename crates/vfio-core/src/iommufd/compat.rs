@@ -31,14 +31,12 @@ impl Iommufd {
 
     /// `VFIO_GROUP_SET_CONTAINER` with an iommufd file: makes the container's IOAS if there is
     /// none.
-    #[expect(dead_code, reason = "group files call it")]
     pub(crate) fn compat_join(self: &Arc<Self>) -> Result {
         Err(Errno::INVAL)
     }
 
     /// First open of a device of a group whose container this is: binds it and attaches it to the
     /// container's IOAS. `ENODEV` when there is none. Dropping the value is the last close.
-    #[expect(dead_code, reason = "group files call it")]
     pub(crate) fn compat_open(self: &Arc<Self>, _device: &Device) -> Result<Box<dyn Binding>> {
         Err(Errno::NODEV)
     }

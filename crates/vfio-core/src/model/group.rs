@@ -1,6 +1,7 @@
 //! IOMMU groups (`drivers/iommu/iommu.c`).
 
 use super::BusDevice;
+use crate::group::Group;
 use crate::index::{Index, IndexPool};
 use crate::{Errno, Result};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
@@ -15,6 +16,8 @@ pub struct IommuGroup {
     /// Who may program its DMA, and with how many of its devices.
     dma_owner: Mutex<Option<(u64, u32)>>,
     pub(super) devices: Mutex<Vec<Weak<BusDevice>>>,
+    /// The VFIO group of its devices, while one of them is registered.
+    vfio: Mutex<Weak<Group>>,
     groups: Weak<RwLock<Vec<Weak<IommuGroup>>>>,
     index: Index,
 }
@@ -34,6 +37,23 @@ impl IommuGroup {
     pub fn devices(&self) -> Vec<Arc<BusDevice>> {
         let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
         devices.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Its VFIO group, while a device of it is registered.
+    pub fn vfio(&self) -> Option<Arc<Group>> {
+        let vfio = self.vfio.lock().unwrap_or_else(PoisonError::into_inner);
+        vfio.upgrade()
+    }
+
+    pub(crate) fn set_vfio(&self, group: Option<&Arc<Group>>) {
+        let new = group.map_or_else(Weak::new, Arc::downgrade);
+        *self.vfio.lock().unwrap_or_else(PoisonError::into_inner) = new;
+    }
+
+    /// True while its DMA belongs to somebody (`iommu_group_dma_owner_claimed`).
+    pub(crate) fn is_dma_owned(&self) -> bool {
+        let owner = self.dma_owner.lock();
+        owner.unwrap_or_else(PoisonError::into_inner).is_some()
     }
 }
 
@@ -117,14 +137,7 @@ impl IommuGroup {
             return Err(Errno::INVAL);
         }
         let owned = |device: Arc<BusDevice>| device.vfio_device().is_some_and(|d| d.is_open());
-        let claimed = |group: &IommuGroup| {
-            let owner = &group.dma_owner;
-            owner
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .is_some()
-        };
-        if claimed(self) || self.devices().into_iter().any(owned) {
+        if self.is_dma_owned() || self.devices().into_iter().any(owned) {
             return Err(Errno::PERM);
         }
         *self.domain.lock().unwrap_or_else(PoisonError::into_inner) = wanted;
@@ -219,6 +232,7 @@ impl IommuGroups {
             reserved,
             dma_owner: Mutex::default(),
             devices: Mutex::default(),
+            vfio: Mutex::default(),
             groups: Arc::downgrade(&self.groups),
             index,
         });

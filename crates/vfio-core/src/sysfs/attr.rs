@@ -32,6 +32,7 @@ pub(super) fn list(sysfs: &Sysfs, dir: &Dir) -> Vec<(&'static str, u32)> {
         }
         Dir::Vfio(..) if sysfs.core.config().cdev => vec![("dev", R), ("uevent", RW)],
         Dir::Vfio(..) => vec![("uevent", RW)],
+        Dir::Virtual(_) => vec![("dev", R), ("uevent", RW)],
         Dir::Attributes(dev, group) => {
             let of_group = attributes(&dev.0)
                 .iter()
@@ -74,7 +75,7 @@ pub(super) fn list(sysfs: &Sysfs, dir: &Dir) -> Vec<(&'static str, u32)> {
 pub(super) fn mode(dir: &Dir, name: &str) -> u32 {
     match (dir, name) {
         (Dir::Attributes(..), _) => R,
-        (Dir::Device(_) | Dir::Vfio(..), "uevent") => RW,
+        (Dir::Device(_) | Dir::Vfio(..) | Dir::Virtual(_), "uevent") => RW,
         (_, "driver_override" | "drivers_autoprobe" | "type") => RW,
         (_, "uevent" | "create" | "remove" | "bind" | "unbind" | "drivers_probe") => W,
         _ => R,
@@ -119,6 +120,11 @@ impl Sysfs {
             (Dir::Vfio(dev, index), "uevent") => {
                 lines(&self.core.vfio_env(&vfio(&dev.0, *index).ok_or(gone)?))
             }
+            (Dir::Virtual(device), "dev") => {
+                let (major, minor) = device.number(&self.core).ok_or(gone)?;
+                format!("{major}:{minor}\n")
+            }
+            (Dir::Virtual(device), "uevent") => lines(&device.env(&self.core).ok_or(gone)?),
             (Dir::Attributes(dev, group), name) => {
                 dev.0.vfio_device().ok_or(gone)?.show(group, name)?
             }
@@ -209,6 +215,16 @@ impl Sysfs {
             (Dir::Vfio(dev, index), "uevent") => {
                 let (action, env) = text::synthetic(data)?;
                 core.announce(&vfio(&dev.0, *index).ok_or(gone)?, action, env);
+            }
+            (Dir::Virtual(device), "uevent") => {
+                let (action, mut env) = text::synthetic(data)?;
+                env.extend(device.env(core).ok_or(gone)?);
+                core.uevent(Uevent {
+                    action: action.into(),
+                    devpath: device.devpath(),
+                    subsystem: device.class().into(),
+                    env,
+                });
             }
             (Dir::Type(dev, ty), "create") => {
                 let parent = mdev_type(&dev.0, *ty).ok_or(gone)?;

@@ -18,12 +18,14 @@ mod path;
 mod tests;
 mod text;
 mod tree;
+mod virt;
 
 use crate::model::{BusDevice, Waiting};
 use crate::{Core, Errno, Result};
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
+use virt::Virtual;
 
 /// Bytes a file shows or takes at once, and the size that `stat` says it has.
 pub const PAGE_SIZE: usize = 4096;
@@ -113,6 +115,8 @@ enum Dir {
     Glue(Dev),
     /// `<device>/vfio-dev/vfioN`.
     Vfio(Dev, u32),
+    /// A device of a class that has nothing but a node: `/sys/devices/virtual/CLASS/NAME`.
+    Virtual(Virtual),
     /// A driver's attribute group.
     Attributes(Dev, &'static str),
     /// `<parent>/mdev_supported_types`.
@@ -156,6 +160,8 @@ enum Entry {
     Device(Dev),
     /// A link to a VFIO device.
     Vfio(Dev, u32),
+    /// A link to a device that has nothing but a node.
+    Virtual(Virtual),
     /// A link to a driver.
     Driver(&'static str, &'static str),
 }
@@ -225,7 +231,11 @@ impl Sysfs {
         match node.entry {
             Entry::This => Kind::Dir,
             Entry::Attr(_) | Entry::Parameter(_) => Kind::Attr,
-            Entry::Link(_) | Entry::Device(_) | Entry::Vfio(..) | Entry::Driver(..) => Kind::Link,
+            Entry::Link(_)
+            | Entry::Device(_)
+            | Entry::Vfio(..)
+            | Entry::Virtual(_)
+            | Entry::Driver(..) => Kind::Link,
         }
     }
 

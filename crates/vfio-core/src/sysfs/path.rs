@@ -13,6 +13,7 @@ pub(super) fn of(node: &Node) -> String {
         Entry::Parameter(name) => name,
         Entry::Device(dev) => dev.0.name(),
         Entry::Vfio(_, index) => return format!("{dir}/vfio{index}"),
+        Entry::Virtual(device) => return format!("{dir}/{}", device.name()),
         Entry::Driver(bus, name) => return format!("{dir}/{bus}:{name}"),
     };
     format!("{dir}/{name}")
@@ -25,6 +26,7 @@ fn of_dir(dir: &Dir) -> String {
         Dir::Device(dev) => dev.0.devpath(),
         Dir::Glue(dev) => format!("{}/vfio-dev", dev.0.devpath()),
         Dir::Vfio(dev, index) => vfio(&dev.0.devpath(), *index),
+        Dir::Virtual(device) => device.devpath(),
         Dir::Attributes(dev, group) => format!("{}/{group}", dev.0.devpath()),
         Dir::Types(dev) => format!("{}/mdev_supported_types", dev.0.devpath()),
         Dir::Type(dev, ty) => format!("{}/mdev_supported_types/{}", dev.0.devpath(), {
@@ -93,6 +95,10 @@ impl Sysfs {
         Some(match (&node.entry, &node.dir) {
             (Entry::Device(dev), _) => dev.0.devpath(),
             (Entry::Vfio(dev, index), _) => vfio(&dev.0.devpath(), *index),
+            (Entry::Virtual(device), _) => device.devpath(),
+            (Entry::Link("subsystem"), Dir::Virtual(device)) => {
+                format!("/class/{}", device.class())
+            }
             (Entry::Driver(bus, name), _) => driver(bus, name),
             (Entry::Link("subsystem"), Dir::Device(dev)) => match dev.0.subsystem()? {
                 Subsystem::Bus(name) => format!("/bus/{name}"),

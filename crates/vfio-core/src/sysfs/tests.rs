@@ -154,11 +154,61 @@ fn without_char_devices() {
     let dir = format!("{}/vfio-dev/vfio0", mdev(UUID));
     assert_eq!(world.list(&dir), ["device", "subsystem", "uevent"]);
     assert_eq!(world.read(&format!("{dir}/uevent")).unwrap(), "");
-    assert_eq!(world.list("/dev/char"), [""; 0]);
+    // Groups and misc devices have their own.
+    assert_eq!(world.list("/dev/char"), ["10:127", "10:196", "510:0"]);
     assert!(!world.has("/dev/char/511:0"));
     assert_eq!(world.list("/class/vfio-dev"), ["vfio0"]);
     let vfio = format!("add {MTTY}/{UUID}/vfio-dev/vfio0 vfio-dev");
     assert!(uevents.take().contains(&vfio), "no node, no variables");
+}
+
+#[test]
+fn a_group_and_its_places() {
+    let world = World::new();
+    serial(&world.core);
+    let uevents = Log::uevents(&world.core);
+    world.write(CREATE, UUID).unwrap();
+    let group = world.core.group(0).unwrap();
+    assert_eq!(group.name(), "0");
+    assert!(
+        uevents
+            .take()
+            .contains(&"add /devices/virtual/vfio/0 vfio MAJOR=510 MINOR=0 DEVNAME=vfio/0".into())
+    );
+    world.write("/class/vfio/0/uevent", "change").unwrap();
+    assert_eq!(
+        uevents.take(),
+        ["change /devices/virtual/vfio/0 vfio SYNTH_UUID=0 MAJOR=510 MINOR=0 DEVNAME=vfio/0"]
+    );
+    let held = world.sysfs.walk("/dev/char/510:0").unwrap();
+    assert_eq!(held.to_string(), "/devices/virtual/vfio/0");
+    for none in [
+        "/class/vfio/00",
+        "/class/vfio/+0",
+        "/class/vfio/vfio0",
+        "/class/vfio/1",
+        "/dev/char/510:00",
+        "/dev/char/0510:0",
+        "/dev/char/510:1",
+        "/dev/char/10:0196",
+        "/class/misc/vfio0",
+    ] {
+        assert!(!world.has(none), "{none}");
+    }
+    world.write(&format!("{}/remove", mdev(UUID)), "1").unwrap();
+    assert!(world.list("/class/vfio").is_empty());
+    // The same number again is another group, and the old place is gone.
+    world.write(CREATE, UUID).unwrap();
+    assert!(world.has("/class/vfio/0"));
+    assert_ne!(world.core.group(0).unwrap().serial(), group.serial());
+    assert_eq!(world.sysfs.lookup(&held, "dev"), Err(Errno::NOENT));
+    assert_eq!(
+        group.minor(),
+        0,
+        "who holds the dead group holds its number"
+    );
+    assert_eq!(world.core.group(0).unwrap().minor(), 1);
+    assert_eq!(world.read("/class/vfio/0/dev").unwrap(), "510:1\n");
 }
 
 #[test]
@@ -307,10 +357,12 @@ fn remove_with_an_open_file_waits() {
     for (name, path) in [
         ("devices", "/bus/mdev/devices"),
         ("class", "/class/vfio-dev"),
-        ("char", "/dev/char"),
     ] {
         assert!(world.list(path).is_empty(), "{name}");
     }
+    // The group lives until the wait has ended.
+    assert_eq!(world.list("/dev/char"), ["10:127", "10:196", "510:0"]);
+    assert_eq!(world.list("/class/vfio"), ["0"]);
     assert_eq!(world.sysfs.open(&remove, false, true), Err(Errno::NODEV));
     assert_eq!(world.sysfs.lookup(&vfio, "dev"), Err(Errno::NOENT));
     for create in [CREATE.to_owned(), format!("{VGA}/create")] {
@@ -344,7 +396,11 @@ fn remove_with_an_open_file_waits() {
     assert_eq!(waiting.describe(), "unregistered");
     assert_eq!(
         uevents.take(),
-        [format!("unbind {dir} mdev"), format!("remove {dir} mdev")]
+        [
+            "remove /devices/virtual/vfio/0 vfio MAJOR=510 MINOR=0 DEVNAME=vfio/0".to_owned(),
+            format!("unbind {dir} mdev"),
+            format!("remove {dir} mdev")
+        ]
     );
     world.write(CREATE, UUID).unwrap();
     assert!(world.has("/class/vfio-dev/vfio0"));
@@ -409,6 +465,7 @@ fn unbind_leaves_a_device_without_driver() {
                 "remove {dir}/vfio-dev/vfio0 vfio-dev MAJOR=511 MINOR=0 \
                  DEVNAME=vfio/devices/vfio0"
             ),
+            "remove /devices/virtual/vfio/0 vfio MAJOR=510 MINOR=0 DEVNAME=vfio/0".to_owned(),
             format!("unbind {dir} mdev")
         ]
     );
@@ -500,7 +557,7 @@ fn a_parent_goes_when_its_devices_are_gone() {
         parent.device().remove(&world.core, Policy::Wait).result(),
         Some(Ok(()))
     );
-    assert!(!world.has("/class/mtty") && !world.has("/devices/virtual"));
+    assert!(!world.has("/class/mtty") && !world.has("/devices/virtual/mtty"));
 }
 
 #[test]
@@ -773,7 +830,7 @@ fn ten_thousand_devices() {
     for (path, first, last) in [
         ("/bus/faux/devices", "d00000", "d09999"),
         ("/class/vfio-dev", "vfio0", "vfio9999"),
-        ("/dev/char", "511:0", "511:9999"),
+        ("/class/vfio", "0", "9999"),
         ("/kernel/iommu_groups", "0", "9999"),
     ] {
         let dir = world.sysfs.walk(path).unwrap();
@@ -786,6 +843,12 @@ fn ten_thousand_devices() {
         }
     }
     assert_eq!(world.list("/devices/faux").len(), 10_001);
+    let numbers = world.list("/dev/char");
+    assert_eq!(numbers.len(), 20_002, "groups, devices, misc devices");
+    let char = world.sysfs.walk("/dev/char").unwrap();
+    for number in [&numbers[1], &numbers[5_002], &numbers[20_001]] {
+        world.sysfs.lookup(&char, number).unwrap();
+    }
     for device in devices {
         assert_eq!(device.destroy(Policy::Wait).result(), Some(Ok(())));
     }

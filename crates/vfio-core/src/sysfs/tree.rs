@@ -1,5 +1,6 @@
 //! What is in which directory.
 
+use super::virt::{CLASSES, Virtual};
 use super::{Dev, Dir, Entry, Node, Sysfs, attr};
 use crate::device::Device;
 use crate::model::{Bus, BusDevice, IommuGroup, mdev};
@@ -67,6 +68,7 @@ impl Sysfs {
                 .any(|(there, _)| there == name),
             Entry::Link(name) => self.find(&node.dir, name).is_some(),
             Entry::Vfio(dev, index) => vfio(&dev.0, *index).is_some(),
+            Entry::Virtual(device) => device.exists(&self.core),
             Entry::Device(dev) => self.lists_device(&node.dir, &dev.0),
             Entry::Driver(bus, name) => self.bus(bus).is_some_and(|b| b.driver(name).is_some()),
             Entry::Parameter(name) => self.parameter(&node.dir, name).is_some(),
@@ -94,11 +96,17 @@ impl Sysfs {
         let model = self.core.model();
         match dir {
             Dir::Path(path) => {
-                &**path == "/devices" || model.bases().iter().any(|base| is_below(base, path))
+                let bases = model.bases();
+                let bases = bases.iter().map(|base| &**base);
+                &**path == "/devices"
+                    || bases
+                        .chain(CLASSES.map(|(_, at)| at))
+                        .any(|base| is_below(base, path))
             }
             Dir::Device(dev) => dev.0.has_directory(),
             Dir::Glue(dev) => dev.0.vfio_device().is_some(),
             Dir::Vfio(dev, index) => vfio(&dev.0, *index).is_some(),
+            Dir::Virtual(device) => device.exists(&self.core),
             Dir::Attributes(dev, group) => {
                 attributes(&dev.0).iter().any(|(there, _)| there == group)
             }
@@ -106,7 +114,9 @@ impl Sysfs {
             Dir::Type(dev, ty) | Dir::TypeDevices(dev, ty) => mdev_type(&dev.0, *ty).is_some(),
             Dir::Bus(bus) | Dir::BusDevices(bus) | Dir::BusDrivers(bus) => self.bus(bus).is_some(),
             Dir::Driver(bus, name) => self.bus(bus).is_some_and(|b| b.driver(name).is_some()),
-            Dir::Class(class) => *class == "vfio-dev" || model.class(class).is_some(),
+            Dir::Class(class) => {
+                *class == "vfio-dev" || is_virtual(class) || model.class(class).is_some()
+            }
             Dir::Group(id) | Dir::GroupDevices(id) => self.group(*id).is_some(),
             Dir::DebugDevice(dev) => {
                 dev.0.vfio_device().is_some() || model.unregistering_device(&dev.0).is_some()
@@ -173,11 +183,25 @@ impl Sysfs {
                 let entry = Entry::Vfio(Dev(Arc::clone(vfio.parent())), vfio.index());
                 return Some(link(entry));
             }
+            Dir::Class(class) if is_virtual(class) => {
+                let device = Virtual::named(&self.core, class, name)?;
+                return Some(link(Entry::Virtual(device)));
+            }
+            Dir::Path(path) => {
+                if let Some(class) = class_at(path)
+                    && let Some(device) = Virtual::named(&self.core, class, name)
+                {
+                    return Some(Dir::Virtual(device).node());
+                }
+            }
             Dir::Class(class) => {
                 return Some(link(Entry::Device(Dev(model.class_device(class, name)?))));
             }
             Dir::DevChar => {
                 let (major, minor) = name.split_once(':')?;
+                if let Some(device) = Virtual::numbered(&self.core, name) {
+                    return Some(link(Entry::Virtual(device)));
+                }
                 let vfio = self.core.device(minor.parse().ok()?)?;
                 let canonical = format!("{}:{}", self.core.config().cdev_major, vfio.index());
                 if !self.core.config().cdev || major.is_empty() || canonical != name {
@@ -263,7 +287,12 @@ impl Sysfs {
             }
             Dir::Path(path) => {
                 let mut below: BTreeSet<String> = BTreeSet::new();
-                for base in model.bases() {
+                let bases = model.bases();
+                for base in bases
+                    .iter()
+                    .map(|base| &**base)
+                    .chain(CLASSES.map(|(_, at)| at))
+                {
                     let rest = base.strip_prefix(&**path).and_then(|r| r.strip_prefix('/'));
                     below.extend(rest.and_then(|rest| Some(rest.split('/').next()?.to_owned())));
                 }
@@ -273,6 +302,9 @@ impl Sysfs {
                 }
                 for device in model.roots(path) {
                     list.device_dir(device);
+                }
+                for device in class_at(path).map_or(Vec::new(), |class| Virtual::all(core, class)) {
+                    list.dir(&device.name(), Dir::Virtual(device));
                 }
             }
             Dir::Device(dev) => {
@@ -286,6 +318,7 @@ impl Sysfs {
                     list.dir(&vfio.name(), Dir::Vfio(dev.clone(), vfio.index()));
                 }
             }
+            Dir::Virtual(_) => list.link("subsystem"),
             Dir::Vfio(..) => {
                 list.link("device");
                 list.link("subsystem");
@@ -344,6 +377,7 @@ impl Sysfs {
             Dir::Classes => {
                 let mut names: BTreeSet<&'static str> = model.classes().into_iter().collect();
                 names.insert("vfio-dev");
+                names.extend(CLASSES.iter().map(|(class, _)| *class));
                 for name in names {
                     list.dir(name, Dir::Class(name));
                 }
@@ -354,6 +388,11 @@ impl Sysfs {
                     list.entry(&name, vfio_entry(&vfio));
                 }
             }
+            Dir::Class(class) if is_virtual(class) => {
+                for device in Virtual::all(core, class) {
+                    list.entry(&device.name(), Entry::Virtual(device));
+                }
+            }
             Dir::Class(class) => {
                 for device in model.class(class).unwrap_or_default() {
                     list.device_link(device);
@@ -361,6 +400,11 @@ impl Sysfs {
             }
             Dir::Dev => list.dir("char", Dir::DevChar),
             Dir::DevChar => {
+                for device in ["misc", "vfio"].iter().flat_map(|c| Virtual::all(core, c)) {
+                    if let Some((major, minor)) = device.number(core) {
+                        list.entry(&format!("{major}:{minor}"), Entry::Virtual(device));
+                    }
+                }
                 if core.config().cdev {
                     let major = core.config().cdev_major;
                     for vfio in core.devices() {
@@ -433,6 +477,17 @@ impl Sysfs {
             Dir::Attributes(..) | Dir::DebugDevice(_) => {}
         }
     }
+}
+
+/// Classes whose members are in the core, not in the model, besides `vfio-dev`.
+fn is_virtual(class: &str) -> bool {
+    CLASSES.iter().any(|(name, _)| *name == class)
+}
+
+/// The class whose members have their directories at this path.
+fn class_at(path: &str) -> Option<&'static str> {
+    let (class, _) = CLASSES.iter().find(|(_, at)| *at == path)?;
+    Some(class)
 }
 
 fn vfio_entry(vfio: &Device) -> Entry {
