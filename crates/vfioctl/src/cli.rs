@@ -122,10 +122,8 @@ pub(crate) enum Command {
     ///
     /// The command gets a mount namespace of its own; nothing changes outside.
     Run {
-        /// A network namespace of its own, into which uevents of vfiod's devices are sent. The
-        /// command then has no network but loopback.
-        #[arg(long)]
-        uevents: bool,
+        #[command(flatten)]
+        options: RunOptions,
         /// The command and its arguments.
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<OsString>,
@@ -139,6 +137,19 @@ pub(crate) enum Command {
     /// Sends vfiod's uevents into this network namespace while a process lives.
     #[command(hide = true)]
     InternalUevents { pid: i32 },
+}
+
+/// How a command is run.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub(crate) struct RunOptions {
+    /// A network namespace of its own, into which uevents of vfiod's devices are sent. The
+    /// command then has no network but loopback.
+    #[arg(long)]
+    pub(crate) uevents: bool,
+    /// Answer no system calls for the command: no ioctl returns a descriptor, and our nodes are
+    /// regular files to it. For where another program supervises it already.
+    #[arg(long)]
+    pub(crate) no_supervisor: bool,
 }
 
 /// What happens to the users of a device that is to go.

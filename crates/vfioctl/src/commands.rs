@@ -71,7 +71,7 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Doctor => return crate::doctor::run(global),
         Command::Events => return events(global),
         Command::Status => return status(global),
-        Command::Run { uevents, command } => return crate::run::run(global, *uevents, command),
+        Command::Run { options, command } => return crate::run::run(global, options, command),
         _ => {}
     }
     let mut source = source(global)?;

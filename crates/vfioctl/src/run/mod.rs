@@ -5,11 +5,13 @@
 //! directories and the machine's; on each entry that is only the machine's, the real thing is bound.
 //! Over `/dev` lies a tmpfs with the machine's entries bound into it and the daemon's `vfio` and
 //! `iommu` beside them. Then this process becomes the command: signals and exit status are its own.
+//! What no file system can answer, another process does ([`supervisor`]).
 
 mod net;
+mod supervisor;
 mod tree;
 
-use crate::cli::Global;
+use crate::cli::{Global, RunOptions as Options};
 use crate::fail::{Fail, Result};
 use nix::sched::CloneFlags;
 use rustix::fs::{CWD, Mode, OFlags};
@@ -34,7 +36,7 @@ const NO_COMMAND: u8 = 127;
 pub(crate) use net::internal_uevents;
 
 /// Becomes the command; returns only if that failed.
-pub(crate) fn run(global: &Global, uevents: bool, command: &[OsString]) -> Result<ExitCode> {
+pub(crate) fn run(global: &Global, options: &Options, command: &[OsString]) -> Result<ExitCode> {
     let own = |fail: Fail| Fail {
         code: OWN_FAILURE,
         ..fail
@@ -42,15 +44,24 @@ pub(crate) fn run(global: &Global, uevents: bool, command: &[OsString]) -> Resul
     let mut client = crate::commands::daemon(global).map_err(own)?;
     let places = places(&mut client).map_err(own)?;
     drop(client);
-    enter(&places, uevents).map_err(own)?;
-    if uevents {
+    let supervisor = match options.no_supervisor {
+        true => None,
+        false => Some(supervisor::Waiting::start(&places).map_err(own)?),
+    };
+    enter(&places, options.uevents).map_err(own)?;
+    if options.uevents {
         eprintln!("vfioctl: a network namespace of its own: uevents, and no network but loopback");
         net::start(&crate::commands::socket(global).0).map_err(own)?;
     }
     let Some((program, arguments)) = command.split_first() else {
         return Err(own(Fail::failed("no command")));
     };
-    let error = Command::new(program)
+    let mut command = Command::new(program);
+    if let Some(supervisor) = supervisor {
+        supervisor.begin().map_err(own)?;
+        command.env(supervisor::VARIABLE, "1");
+    }
+    let error = command
         .args(arguments)
         // libudev believes only in a sysfs of the kernel's unless told (systemd,
         // `src/libsystemd/sd-device/sd-device.c`).

@@ -1,0 +1,139 @@
+//! What KVM is told of VFIO files (`virt/kvm/vfio.c`).
+//!
+//! A virtual machine monitor tells KVM which VFIO files its guest uses, and QEMU gives up if KVM does
+//! not know a file (iommufd mode) or complains (group mode). The kernel's KVM cannot know vfiod's files,
+//! and a kernel without VFIO has no such device at all. What KVM does with the files, cache coherency
+//! and the lifetime of a group, means nothing to devices made of software: so they are accepted.
+//!
+//! Where KVM has the device, it is the kernel's, and is told of files that are not vfiod's. Where it
+//! has none, the client gets a file that stands for one.
+
+use super::calls::Supervisor;
+use super::nodes::Nodes;
+use super::sys::{self, KvmCreateDevice, KvmDeviceAttr};
+use client_process::Caller;
+use rustix::fd::OwnedFd;
+use rustix::fs::{CWD, MemfdFlags, readlinkat};
+use rustix::io::Errno;
+use seccomp_notify::Notification;
+use std::sync::OnceLock;
+use zerocopy::IntoBytes;
+
+/// `_IOWR(KVMIO, 0xe0, struct kvm_create_device)`, on a virtual machine.
+pub(super) const KVM_CREATE_DEVICE: u32 = 0xc00c_aee0;
+/// `_IOW(KVMIO, 0xe1, struct kvm_device_attr)`, on what that made.
+pub(super) const KVM_SET_DEVICE_ATTR: u32 = 0x4018_aee1;
+/// `_IOW(KVMIO, 0xe3, struct kvm_device_attr)`.
+pub(super) const KVM_HAS_DEVICE_ATTR: u32 = 0x4018_aee3;
+
+/// The device that is told of VFIO files.
+pub(super) const KVM_DEV_TYPE_VFIO: u32 = 4;
+const KVM_CREATE_DEVICE_TEST: u32 = 1;
+/// Its only group of attributes. `KVM_DEV_VFIO_GROUP` is its old name.
+const KVM_DEV_VFIO_FILE: u32 = 1;
+const KVM_DEV_VFIO_FILE_ADD: u64 = 1;
+const KVM_DEV_VFIO_FILE_DEL: u64 = 2;
+
+/// What is known of KVM.
+#[derive(Default)]
+pub(super) struct Kvm {
+    has_vfio: OnceLock<bool>,
+}
+
+/// The name of the files that stand for KVM's VFIO device.
+const NAME: &str = "kvm-vfio of vfioctl run";
+
+/// What a call comes to.
+pub(super) enum Outcome {
+    /// The kernel's to do.
+    LetThrough,
+    /// This result.
+    Result(i64),
+    /// The caller has its answer.
+    Answered,
+}
+
+impl Kvm {
+    /// KVM_CREATE_DEVICE.
+    pub(super) fn create(
+        &self,
+        supervisor: &Supervisor,
+        caller: Caller,
+        call: &Notification,
+    ) -> Result<Outcome, Errno> {
+        let [fd, _, arg, ..] = call.args;
+        if !names(caller, fd, "anon_inode:kvm-vm") {
+            return Ok(Outcome::LetThrough);
+        }
+        let mut create = KvmCreateDevice::default();
+        caller.copy_in(arg, create.as_mut_bytes())?;
+        if create.kind != KVM_DEV_TYPE_VFIO || *self.has_vfio.get_or_init(sys::kvm_has_vfio) {
+            return Ok(Outcome::LetThrough);
+        }
+        if create.flags & !KVM_CREATE_DEVICE_TEST != 0 {
+            return Err(Errno::INVAL);
+        }
+        if create.flags & KVM_CREATE_DEVICE_TEST != 0 {
+            return Ok(Outcome::Result(0));
+        }
+        let file = rustix::fs::memfd_create(NAME, MemfdFlags::CLOEXEC)?;
+        supervisor.check(call)?;
+        // What the client cannot write is found before it has a descriptor that nobody takes back.
+        caller.copy_out(arg, create.as_bytes())?;
+        let number = supervisor.listener.add_fd(call.id, &file, true)?;
+        create.fd = number.cast_unsigned();
+        supervisor.check(call)?;
+        caller.copy_out(arg, create.as_bytes())?;
+        Ok(Outcome::Result(0))
+    }
+
+    /// KVM_SET_DEVICE_ATTR and KVM_HAS_DEVICE_ATTR.
+    pub(super) fn attribute(
+        &self,
+        supervisor: &Supervisor,
+        caller: Caller,
+        call: &Notification,
+    ) -> Result<Outcome, Errno> {
+        let [fd, _, arg, ..] = call.args;
+        let stands_in = names(caller, fd, &format!("/memfd:{NAME} (deleted)"));
+        if !stands_in && !names(caller, fd, "anon_inode:kvm-vfio") {
+            return Ok(Outcome::LetThrough);
+        }
+        let mut attr = KvmDeviceAttr::default();
+        caller.copy_in(arg, attr.as_mut_bytes())?;
+        supervisor.check(call)?;
+        let known = attr.group == KVM_DEV_VFIO_FILE
+            && matches!(attr.attr, KVM_DEV_VFIO_FILE_ADD | KVM_DEV_VFIO_FILE_DEL);
+        if !known || super::calls::word(call, 1) == KVM_HAS_DEVICE_ATTR {
+            return match (stands_in, known) {
+                (true, true) => Ok(Outcome::Result(0)),
+                (true, false) => Err(Errno::NXIO),
+                (false, _) => Ok(Outcome::LetThrough),
+            };
+        }
+        let mut number = 0_i32;
+        caller.copy_in(attr.addr, number.as_mut_bytes())?;
+        supervisor.check(call)?;
+        match file(&supervisor.nodes, caller, number) {
+            Ok(_) => Ok(Outcome::Result(0)),
+            Err(errno) if stands_in => Err(errno),
+            Err(_) => Ok(Outcome::LetThrough),
+        }
+    }
+}
+
+/// A descriptor of a file of vfiod's. `BADF`: not open. `INVAL`: another file, as KVM has it.
+fn file(nodes: &Nodes, caller: Caller, number: i32) -> Result<OwnedFd, Errno> {
+    nodes.get(caller, number).map_err(|errno| match errno {
+        Errno::NOTTY => Errno::INVAL,
+        other => other,
+    })
+}
+
+/// Whether the link of a caller's descriptor says this.
+fn names(caller: Caller, fd: u64, text: &str) -> bool {
+    #[expect(clippy::cast_possible_truncation, reason = "descriptors are ints")]
+    let fd = fd as i32;
+    let path = format!("/proc/{}/fd/{fd}", caller.tid().as_raw_nonzero());
+    readlinkat(CWD, path, Vec::new()).is_ok_and(|link| link.as_bytes() == text.as_bytes())
+}
