@@ -12,6 +12,7 @@ pub mod caller;
 pub mod container;
 mod core;
 pub mod device;
+mod dma;
 pub mod event;
 pub mod group;
 pub mod index;

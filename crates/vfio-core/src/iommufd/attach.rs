@@ -68,7 +68,7 @@ impl Table {
         let bound = self.bound(id)?;
         new.add_access(id, bound.device.clone())?;
         bound.kind = Kind::Access { ioas: Some(pt_id) };
-        left.routes.extend(bound.port.switch(Some(&new)));
+        left.routes.extend(bound.port.switch(Some(new)));
         self.use_object(pt_id, 1);
         if let Some(old) = old {
             self.leave_ioas(id, old, left);
@@ -181,7 +181,7 @@ impl Table {
         }) = self.bound(id)
         {
             *hwpt = Some(to);
-            let old = port.switch(Some(ioas));
+            let old = port.switch(Some(Arc::clone(ioas) as _));
             left.routes.extend(old);
         }
     }

@@ -7,6 +7,7 @@ use super::Iommufd;
 use super::ioas::{Ioas, Part, Place};
 use super::table::{Leftovers, MAX_OBJECTS, Object};
 use crate::caller::{Caller, Capability};
+use crate::dma::{Prot, page_size};
 use crate::{Errno, Result};
 use dma_memory::{ProcessMemory, Range, Source};
 use std::collections::BTreeMap;
@@ -121,7 +122,7 @@ impl Iommufd {
         let part = Part {
             source: Source::Process(memory),
             len: cmd.length,
-            writable: prot.contains(MapFlags::WRITEABLE),
+            writable: prot.write,
         };
         cmd.iova = ioas.map(vec![part], place(cmd.flags, cmd.iova), prot)?;
         write_back(caller, arg, &cmd, size)
@@ -142,7 +143,7 @@ impl Iommufd {
                 offset: cmd.start,
             },
             len: cmd.length,
-            writable: prot.contains(MapFlags::WRITEABLE),
+            writable: prot.write,
         };
         cmd.iova = ioas.map(vec![part], place(cmd.flags, cmd.iova), prot)?;
         write_back(caller, arg, &cmd, size)
@@ -280,13 +281,16 @@ fn check_range(values: &[u64]) -> Result {
 }
 
 /// What MAP, MAP_FILE and COPY check before they look for objects. Returns the permissions.
-fn check_flags(flags: MapFlags, values: &[u64]) -> Result<MapFlags> {
+fn check_flags(flags: MapFlags, values: &[u64]) -> Result<Prot> {
     if flags.has_unknown_bits() {
         return Err(Errno::OPNOTSUPP);
     }
     check_range(values)?;
-    let prot = flags - MapFlags::FIXED_IOVA;
-    if prot.is_empty() {
+    let prot = Prot {
+        read: flags.contains(MapFlags::READABLE),
+        write: flags.contains(MapFlags::WRITEABLE),
+    };
+    if prot == Prot::default() {
         return Err(Errno::INVAL);
     }
     Ok(prot)
@@ -296,7 +300,7 @@ fn check_flags(flags: MapFlags, values: &[u64]) -> Result<MapFlags> {
 fn check_span(start: u64, length: u64) -> Result {
     start.checked_add(length).ok_or(Errno::OVERFLOW)?;
     // So that rounding to pages cannot wrap (`iopt_alloc_pages`).
-    if length == 0 || length > u64::MAX - super::ioas::page_size() {
+    if length == 0 || length > u64::MAX - page_size() {
         return Err(Errno::INVAL);
     }
     Ok(())

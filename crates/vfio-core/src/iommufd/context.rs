@@ -1,14 +1,17 @@
 //! The context, and what binds a device to it.
 
-use super::access::Port;
-use super::area::{MAX_AREAS, Quota};
-use super::ioas::{Ioas, tell};
+use super::ioas::Ioas;
 use super::table::{Bound, Kind, Leftovers, Object, Table};
 use crate::device::{Binding, Device, DmaSpace, GroupType, WeakDevice};
+use crate::dma::{Port, Quota, tell};
 use crate::{Errno, Result};
 use dma_memory::FileRegistry;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// How many areas one context may have: some 40 MiB of tables. The kernel charges a client's
+/// memory cgroup instead, which a daemon that works for many clients cannot.
+const MAX_AREAS: usize = 1 << 18;
 
 /// A context: one open of `/dev/iommu`, plus one reference per device bound to it.
 ///
@@ -70,7 +73,7 @@ impl Iommufd {
             }
             None => return Err(Errno::NODEV),
         };
-        let port = Arc::new(Port::default());
+        let port = Arc::new(Port::new(Errno::NOENT));
         let bound = Bound {
             device: device.downgrade(),
             port: Arc::clone(&port),

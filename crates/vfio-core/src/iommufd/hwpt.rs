@@ -2,9 +2,9 @@
 //! `device.c`). The hardware here is an IOMMU without nesting, dirty tracking, PASIDs and faults.
 
 use super::Iommufd;
-use super::ioas::page_size;
 use super::table::{Leftovers, Object};
 use crate::caller::{Caller, Capability};
+use crate::dma::page_size;
 use crate::model::Subsystem;
 use crate::{Errno, Result};
 use std::sync::Arc;

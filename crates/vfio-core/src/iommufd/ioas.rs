@@ -1,27 +1,18 @@
 //! An I/O address space: what is mapped where, and what may be
 //! (`drivers/iommu/iommufd/io_pagetable.c`).
 
-use super::area::{Area, Held, Piece, Quota};
-use super::reach;
 use crate::device::WeakDevice;
+use crate::dma::{
+    ALL_PATIENCE, Area, Held, PATIENCE, Prot, Quota, Space, address, check_reach, hold, length,
+    page_size, tell, without,
+};
 use crate::{Errno, Result};
 use dma_memory::{IovaMap, Range, Source};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::{Duration, Instant};
-use vfio_uapi::iommufd::MapFlags;
-
-/// How long an unmap waits for one access that is in progress in the area, and for all of them
-/// together, before it gives up with `EBUSY`. An access takes longer only if the client's memory
-/// does not answer.
-const PATIENCE: Duration = Duration::from_millis(100);
-const ALL_PATIENCE: Duration = Duration::from_secs(1);
+use std::time::Instant;
 
 /// The kernel's `HPAGE_SIZE`: automatic IOVAs are aligned to at most this.
 const HUGE_PAGE: u64 = 2 << 20;
-
-pub(super) fn page_size() -> u64 {
-    rustix::param::page_size() as u64
-}
 
 /// Where a mapping is to go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,7 +91,7 @@ impl Ioas {
     /// `EINVAL` alignment impossible, `ENOSPC`; then `EPERM` writing what was mapped for reading,
     /// `EINVAL` memory misaligned, `ENOMEM` too many areas; `EFAULT` or `EINVAL` if a page table
     /// is attached and the memory is not there. `iopt_map_pages`.
-    pub(super) fn map(&self, parts: Vec<Part>, place: Place, prot: MapFlags) -> Result<u64> {
+    pub(super) fn map(&self, parts: Vec<Part>, place: Place, prot: Prot) -> Result<u64> {
         let length = parts
             .iter()
             .try_fold(0u64, |sum, part| sum.checked_add(part.len))
@@ -109,7 +100,7 @@ impl Ioas {
         if let Some(added) = added {
             // Pinning, as far as it exists here: outside the lock, after the places are taken.
             if let Err(errno) = added.iter().try_for_each(|(range, area)| {
-                reach::check(area.source(), area.is_writable(), *range)
+                check_reach(area.source(), area.is_writable(), *range)
             }) {
                 self.take_back(&added);
                 return Err(errno);
@@ -125,23 +116,23 @@ impl Ioas {
         parts: Vec<Part>,
         length: u64,
         place: Place,
-        prot: MapFlags,
+        prot: Prot,
     ) -> Result<(u64, Option<Vec<(Range, Arc<Area>)>>)> {
         let mut inner = self.write();
         let mask = inner.alignment - 1;
         if length == 0 || length & mask != 0 {
             return Err(Errno::INVAL);
         }
-        let first = parts.first().map_or(0, |part| reach::address(&part.source));
+        let first = parts.first().map_or(0, |part| address(&part.source));
         let iova = match place {
             Place::Fixed(iova) => inner.check_place(iova, length)?,
             Place::Automatic => inner.choose_place(first, length)?,
         };
         for part in &parts {
-            if prot.contains(MapFlags::WRITEABLE) && !part.writable {
+            if prot.write && !part.writable {
                 return Err(Errno::PERM);
             }
-            if (reach::address(&part.source) % page_size()) & mask != 0 {
+            if (address(&part.source) % page_size()) & mask != 0 {
                 return Err(Errno::INVAL);
             }
         }
@@ -236,32 +227,10 @@ impl Ioas {
         }
     }
 
-    /// Holds the memory at these addresses for an access. `EINVAL` no length, `EOVERFLOW` wrap,
-    /// `ENOENT` a hole, `EPERM` an area without all of `need`, `EBUSY` an area on its way out.
-    /// `iommufd_access_rw`.
-    pub(super) fn hold(&self, iova: u64, len: u64, need: MapFlags) -> Result<Held> {
-        let wanted = Range::with_len(iova, len)?;
-        let inner = self.read();
-        let (range, area) = inner.areas.find(iova).ok_or(Errno::NOENT)?;
-        let mut held = Held::new(Piece::enter(area, iova - range.start(), need)?);
-        let mut last = range.last();
-        held.extend_to(last.min(wanted.last()) - iova + 1);
-        while last < wanted.last() {
-            let (range, area) = inner.areas.find(last + 1).ok_or(Errno::NOENT)?;
-            let start = last + 1;
-            last = range.last();
-            held.push(
-                Piece::enter(area, 0, need)?,
-                last.min(wanted.last()) - start + 1,
-            );
-        }
-        Ok(held)
-    }
-
     /// What can be mapped (everything but reserved ranges), and the alignment.
     pub(super) fn ranges(&self) -> (Vec<Range>, u64) {
         let inner = self.read();
-        (without(&[Range::ALL], &inner.reserved), inner.alignment)
+        (without(&[Range::ALL], inner.reserved()), inner.alignment)
     }
 
     /// Replaces the ranges that automatic IOVAs are chosen from; none means all. `EADDRINUSE` if
@@ -368,7 +337,7 @@ impl Ioas {
         };
         areas
             .iter()
-            .try_for_each(|(range, area)| reach::check(area.source(), area.is_writable(), *range))
+            .try_for_each(|(range, area)| check_reach(area.source(), area.is_writable(), *range))
     }
 
     /// False if a mapping is not of a file, which cannot change its process.
@@ -381,21 +350,18 @@ impl Ioas {
     }
 }
 
-/// Tells the drivers that memory is going. No lock is held.
-pub(super) fn tell(accesses: &[(u32, WeakDevice)], iova: u64, len: u64) {
-    for (_, device) in accesses {
-        if let Some(device) = device.upgrade() {
-            device.0.dma_unmap(iova, len);
-        }
+impl Space for Ioas {
+    /// `iommufd_access_rw`.
+    fn hold(&self, iova: u64, len: u64, need: Prot) -> Result<Held> {
+        hold(&self.read().areas, iova, len, need, Errno::NOENT)
     }
 }
 
-/// No mapping covers all 2^64 addresses, so the length fits.
-fn length(range: Range) -> u64 {
-    range.len().unwrap_or(u64::MAX)
-}
-
 impl Inner {
+    fn reserved(&self) -> Vec<Range> {
+        self.reserved.iter().map(|(_, range)| *range).collect()
+    }
+
     /// `iopt_check_iova`.
     fn check_place(&self, iova: u64, length: u64) -> Result<u64> {
         if iova & (self.alignment - 1) != 0 {
@@ -459,7 +425,7 @@ impl Inner {
                 _ => merged.push(range),
             }
         }
-        without(&merged, &self.reserved)
+        without(&merged, self.reserved())
     }
 
     /// Works the alignment out anew, with so many more users to come. Only more alignment can
@@ -471,7 +437,7 @@ impl Inner {
         if alignment > self.alignment {
             let mask = alignment - 1;
             let crooked = |(range, area): (&Range, &Arc<Area>)| {
-                let in_page = reach::address(area.source()) % page;
+                let in_page = address(area.source()) % page;
                 (range.start() | length(*range) | in_page) & mask != 0
             };
             if self.areas.iter().any(crooked) {
@@ -481,33 +447,4 @@ impl Inner {
         self.alignment = alignment;
         Ok(())
     }
-}
-
-/// The ranges without what is reserved, in order.
-fn without(ranges: &[Range], reserved: &[(u32, Range)]) -> Vec<Range> {
-    let mut reserved: Vec<Range> = reserved.iter().map(|(_, range)| *range).collect();
-    reserved.sort_by_key(|range| range.start());
-    let mut left = Vec::new();
-    for range in ranges {
-        let mut next = Some(range.start());
-        for hole in reserved.iter().filter(|r| r.overlaps(*range)) {
-            let Some(start) = next else { break };
-            if let Some(last) = hole.start().checked_sub(1)
-                && let Ok(free) = Range::new(start, last)
-            {
-                left.push(free);
-            }
-            next = hole
-                .last()
-                .checked_add(1)
-                .map(|after| after.max(start))
-                .filter(|after| *after <= range.last());
-        }
-        if let Some(start) = next
-            && let Ok(free) = Range::new(start, range.last())
-        {
-            left.push(free);
-        }
-    }
-    left
 }

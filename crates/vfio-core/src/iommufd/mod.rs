@@ -11,7 +11,7 @@
 //! Three locks, in this order, each held for lookups and changes only: the table of a context,
 //! then one IOAS or one port. While client memory is read or written none of them is held, since
 //! it may never answer; what keeps an area from being unmapped meanwhile is a count with a
-//! `Gate`, and whoever unmaps waits for it, not for ever.
+//! gate, and whoever unmaps waits for it, not for ever.
 //!
 //! Differences from the kernel, all on purpose: nothing is pinned, so `RLIMIT_MEMLOCK` does not
 //! matter, memory that the client unmaps after mapping it for DMA is `EFAULT` at the access, and
@@ -19,16 +19,12 @@
 //! `IOMMU_IOAS_MAP_FILE` itself, not at the first access. An unmap of memory that an access hangs
 //! on ends with `EBUSY`. Page tables have no dirty tracking, no nesting, no PASIDs and no faults.
 
-mod access;
-mod area;
 mod attach;
 mod commands;
 mod compat;
 mod context;
-mod gate;
 mod hwpt;
 mod ioas;
-mod reach;
 mod table;
 
 #[cfg(all(test, not(feature = "shuttle")))]

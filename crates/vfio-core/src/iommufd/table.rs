@@ -1,8 +1,8 @@
 //! A context's objects, and who uses what.
 
-use super::access::{Port, Route};
 use super::ioas::Ioas;
 use crate::device::WeakDevice;
+use crate::dma::{Port, Route};
 use crate::index::{Index, IndexPool};
 use crate::model::DmaOwnership;
 use crate::{Errno, Result};

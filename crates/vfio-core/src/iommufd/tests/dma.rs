@@ -41,7 +41,7 @@ fn errnos() {
     c.map(ioas, FIXED | W, va + 2 * PAGE, PAGE, 0x12000)
         .unwrap();
     c.map(ioas, FIXED | RW, PAGE, PAGE, 0x20000).unwrap();
-    let unattached = Port::default();
+    let unattached = Port::new(Errno::NOENT);
     for port in [&unattached, &c.port(ioas)] {
         assert_eq!(port.read(0x10000, &mut []), Err(Errno::INVAL));
         assert_eq!(port.write(0x10000, &[]), Err(Errno::INVAL));
@@ -176,7 +176,7 @@ fn an_access_that_hangs() {
     let object = c.ctx.ioas(ioas).unwrap();
     let port = c.port(ioas);
     // From the middle of area 1 into area 2: what an access does before it touches memory.
-    let held = object.hold(PAGE + 8, PAGE, R).unwrap();
+    let held = object.hold(PAGE + 8, PAGE, Prot::READ).unwrap();
     let began = Instant::now();
     c.map(ioas, FIXED | RW, va, PAGE, 9 * PAGE).unwrap();
     assert_eq!(byte(&port, PAGE), Ok(0), "other accesses go on, there too");
@@ -206,7 +206,7 @@ fn unmap_waits_for_accesses_in_progress() {
     let ioas = c.ioas();
     c.map(ioas, FIXED | R, PAGE, PAGE, 0).unwrap();
     let object = c.ctx.ioas(ioas).unwrap();
-    let held = object.hold(0, 1, R).unwrap();
+    let held = object.hold(0, 1, Prot::READ).unwrap();
     std::thread::scope(|scope| {
         let (object, c) = (&object, &c);
         let unmapper = scope.spawn(move || {
@@ -217,7 +217,7 @@ fn unmap_waits_for_accesses_in_progress() {
         // Once it has closed the gate, nobody comes in, and a second unmap finds it racing.
         let deadline = Instant::now() + SOON;
         let refused = loop {
-            match object.hold(0, 1, R) {
+            match object.hold(0, 1, Prot::READ) {
                 Err(errno) => break errno,
                 Ok(more) => drop(more),
             }

@@ -7,9 +7,9 @@ mod model;
 mod threads;
 
 use super::Iommufd;
-use super::access::Port;
 use super::testing::{PAGE, Pages, Us, address, call};
 use crate::device::DmaSpace;
+use crate::dma::{Port, Prot, Space};
 use crate::{Errno, Result};
 use std::sync::Arc;
 use vfio_uapi::ioctl;
@@ -156,8 +156,8 @@ impl Client {
 
     /// DMA in an IOAS without a device, so that its alignment stays 1.
     fn port(&self, ioas: u32) -> Port {
-        let port = Port::default();
-        port.switch(Some(&self.ctx.ioas(ioas).unwrap()));
+        let port = Port::new(Errno::NOENT);
+        port.switch(Some(self.ctx.ioas(ioas).unwrap()));
         port
     }
 }

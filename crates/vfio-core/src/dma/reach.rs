@@ -8,7 +8,7 @@ use crate::{Errno, Result};
 use dma_memory::{Range, Source};
 
 /// The address that decides about alignment: in the client, or in the file.
-pub(super) fn address(source: &Source) -> u64 {
+pub(crate) fn address(source: &Source) -> u64 {
     match source {
         Source::File { offset, .. } => *offset,
         Source::Process(memory) => memory.addr(),
@@ -17,12 +17,12 @@ pub(super) fn address(source: &Source) -> u64 {
 
 /// `EFAULT` if part of the client's memory is not mapped or may not be used that way, `EINVAL` if
 /// the file ends before. Waits for nothing of the client's, but takes its address space's lock.
-pub(super) fn check(source: &Source, writable: bool, range: Range) -> Result {
+pub(crate) fn check(source: &Source, writable: bool, range: Range) -> Result {
     let len = range.len().ok_or(Errno::FAULT)?;
     match source {
         Source::File { file, offset } => {
             let end = offset.checked_add(len).ok_or(Errno::INVAL)?;
-            if end > file.size()?.saturating_add(super::ioas::page_size() - 1) {
+            if end > file.size()?.saturating_add(super::page_size() - 1) {
                 return Err(Errno::INVAL);
             }
         }

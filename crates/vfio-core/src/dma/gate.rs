@@ -12,7 +12,7 @@ const CLOSED: u32 = 1 << 31;
 /// An access to memory that never answers stays inside for as long as its owner likes. So nothing
 /// that a client can call waits here without a deadline, and no lock is held by those inside.
 #[derive(Debug, Default)]
-pub(super) struct Gate {
+pub(crate) struct Gate {
     count: AtomicU32,
     lock: Mutex<()>,
     drained: Condvar,
@@ -20,7 +20,7 @@ pub(super) struct Gate {
 
 impl Gate {
     /// One more inside, unless it is closed. Paired with [`leave`](Gate::leave).
-    pub(super) fn enter(&self) -> bool {
+    pub(crate) fn enter(&self) -> bool {
         if self.count.fetch_add(1, Ordering::AcqRel) & CLOSED == 0 {
             return true;
         }
@@ -29,7 +29,7 @@ impl Gate {
     }
 
     /// One less.
-    pub(super) fn leave(&self) {
+    pub(crate) fn leave(&self) {
         if self.count.fetch_sub(1, Ordering::AcqRel) == CLOSED | 1 {
             // Under the lock, so that a waiter has either not looked yet or is waiting.
             drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner));
@@ -38,26 +38,26 @@ impl Gate {
     }
 
     /// Nobody new. False if it was closed before.
-    pub(super) fn close(&self) -> bool {
+    pub(crate) fn close(&self) -> bool {
         self.count.fetch_or(CLOSED, Ordering::AcqRel) & CLOSED == 0
     }
 
     /// The end of a close that did not work out.
-    pub(super) fn reopen(&self) {
+    pub(crate) fn reopen(&self) {
         self.count.fetch_and(!CLOSED, Ordering::AcqRel);
     }
 
-    pub(super) fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.count.load(Ordering::Acquire) & CLOSED != 0
     }
 
     /// True if nobody is inside.
-    pub(super) fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.count.load(Ordering::Acquire) & !CLOSED == 0
     }
 
     /// Waits until nobody is inside; false if the deadline came first. To be called when closed.
-    pub(super) fn wait_until(&self, deadline: Instant) -> bool {
+    pub(crate) fn wait_until(&self, deadline: Instant) -> bool {
         let mut guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
         while !self.is_idle() {
             let left = deadline.saturating_duration_since(Instant::now());

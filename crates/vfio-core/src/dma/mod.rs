@@ -1,0 +1,71 @@
+//! What all address spaces that a device can be given have in common: areas of client memory,
+//! holding them for an access, and a device's way to the space that it is attached to.
+//!
+//! No lock is held while client memory is read or written, since it may never answer. What keeps
+//! an area from being unmapped meanwhile is a count with a gate; whoever unmaps waits for it,
+//! not for ever.
+
+mod area;
+mod gate;
+mod port;
+mod reach;
+
+pub(crate) use area::{Area, Held, Prot, Quota, Ticket, hold};
+pub(crate) use port::{Port, Route, Space};
+pub(crate) use reach::{address, check as check_reach};
+
+use crate::device::WeakDevice;
+use dma_memory::Range;
+use std::time::Duration;
+
+/// How long an unmap waits for one access that is in progress in an area, and a detach for those
+/// on its route. An access takes longer only if the client's memory does not answer.
+pub(crate) const PATIENCE: Duration = Duration::from_millis(100);
+/// How long one unmap waits for all accesses together.
+pub(crate) const ALL_PATIENCE: Duration = Duration::from_secs(1);
+
+pub(crate) fn page_size() -> u64 {
+    rustix::param::page_size() as u64
+}
+
+/// No mapping covers all 2^64 addresses, so the length fits.
+pub(crate) fn length(range: Range) -> u64 {
+    range.len().unwrap_or(u64::MAX)
+}
+
+/// Tells the drivers that memory is going. No lock is held.
+pub(crate) fn tell<T>(devices: &[(T, WeakDevice)], iova: u64, len: u64) {
+    for (_, device) in devices {
+        if let Some(device) = device.upgrade() {
+            device.0.dma_unmap(iova, len);
+        }
+    }
+}
+
+/// The ranges without what is reserved, in order.
+pub(crate) fn without(ranges: &[Range], mut reserved: Vec<Range>) -> Vec<Range> {
+    reserved.sort_by_key(|range| range.start());
+    let mut left = Vec::new();
+    for range in ranges {
+        let mut next = Some(range.start());
+        for hole in reserved.iter().filter(|r| r.overlaps(*range)) {
+            let Some(start) = next else { break };
+            if let Some(last) = hole.start().checked_sub(1)
+                && let Ok(free) = Range::new(start, last)
+            {
+                left.push(free);
+            }
+            next = hole
+                .last()
+                .checked_add(1)
+                .map(|after| after.max(start))
+                .filter(|after| *after <= range.last());
+        }
+        if let Some(start) = next
+            && let Ok(free) = Range::new(start, range.last())
+        {
+            left.push(free);
+        }
+    }
+    left
+}
