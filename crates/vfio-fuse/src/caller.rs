@@ -1,40 +1,37 @@
 //! A FUSE request's caller as the core sees one.
 
-use crate::files::Files;
 use crate::identify::identify;
+use crate::node::Shared;
 use client_process::{Capability, FileId, Memory};
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use vfio_core::caller::{Caller, FileObject};
 use vfio_core::device::Opener;
-use vfio_core::iommufd::Iommufd;
 use vfio_uapi::UserMemory;
-
-/// What it takes to tell which context a descriptor means.
-#[derive(Debug, Default)]
-pub(crate) struct Contexts {
-    pub(crate) files: Files<Iommufd>,
-    /// The iommu node, known once it is mounted.
-    pub(crate) node: OnceLock<FileId>,
-}
 
 /// The thread that waits for the answer to a request.
 pub(crate) struct FuseCaller<'a> {
     pub(crate) thread: client_process::Caller,
-    pub(crate) contexts: &'a Contexts,
+    pub(crate) shared: &'a Shared,
 }
 
 impl FuseCaller<'_> {
     /// The caller of a request. `ESRCH` for a thread that we cannot see: one in a pid namespace
     /// that ours does not contain.
-    pub(crate) fn new(tid: u32, contexts: &Contexts) -> Result<FuseCaller<'_>, Errno> {
+    pub(crate) fn new(tid: u32, shared: &Shared) -> Result<FuseCaller<'_>, Errno> {
         let tid = i32::try_from(tid).map_err(|_| Errno::SRCH)?;
         Ok(FuseCaller {
             thread: client_process::Caller::new(tid)?,
-            contexts,
+            shared,
         })
     }
+}
+
+/// True when the numbers that a thread knows processes by are ours too.
+pub(crate) fn shares_our_pids(tid: u32) -> bool {
+    let of = |who: &str| std::fs::read_link(format!("/proc/{who}/ns/pid")).ok();
+    of("self").is_some_and(|ours| of(&tid.to_string()) == Some(ours))
 }
 
 /// Who opens a file, as well as it can be told.
@@ -98,12 +95,15 @@ impl Caller for FuseCaller<'_> {
         // is open the file cannot be released, so the number cannot mean another.
         let duplicate = self.thread.get_fd(fd)?;
         // Compared without asking any server: the file may be of one that never answers.
-        let node = self.contexts.node.get();
-        if node.is_none() || FileId::of(&duplicate).ok().as_ref() != node {
+        if !FileId::of(&duplicate).is_ok_and(|id| self.shared.is_our_mount(id.dev)) {
             return Ok(FileObject::Other);
         }
-        let context = self.contexts.files.get(identify(&duplicate)?);
-        Ok(context.map_or(FileObject::Other, FileObject::Iommufd))
+        match identify(&duplicate) {
+            Ok(fh) => Ok(self.shared.files.get(fh).unwrap_or(FileObject::Other)),
+            // A directory of ours, or a node whose connection has ended.
+            Err(Errno::NOTTY | Errno::NOSYS | Errno::NOTCONN) => Ok(FileObject::Other),
+            Err(errno) => Err(errno),
+        }
     }
 
     fn memory(&self) -> Result<Arc<Memory>, Errno> {

@@ -1,15 +1,15 @@
-//! The `dev` tree: `vfio/devices/vfioN` and `iommu`.
+//! The `dev` tree: `vfio/devices/vfioN`, `vfio/N`, `vfio/vfio` and `iommu`.
 
-use crate::caller::{Contexts, FuseCaller};
-use crate::files::{Files, note};
-use crate::identify::{IDENTIFY, is_ours};
+use crate::advice::Advice;
+use crate::files::Files;
 use crate::mounter::{Mounter, connection_config};
-use crate::node::{Node, Shared, Through, change, file_id};
+use crate::node::{Node, Shared, Through, file_id};
+use crate::plain::{Plain, Which};
 use crate::{Options, Owner};
 use client_process::FileId;
 use fuse_server::{
-    Attr, Connection, Entry, Handler, Mount, MountOptions, OpenFlags, Opened, Operation, Policy,
-    ReplyEntry, ReplyIoctl, Request, Workers,
+    Attr, Connection, Entry, Handler, Mount, MountOptions, Opened, Operation, Policy, ReplyEntry,
+    Request, Workers,
 };
 use rustix::fs::FileType;
 use rustix::io::Errno;
@@ -17,18 +17,22 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vfio_core::Core;
+use vfio_core::caller::FileObject;
 use vfio_core::device::Device;
 use vfio_core::event::{Notice, Subscription, What};
-use vfio_core::iommufd::Iommufd;
+use vfio_core::group::Group;
 
 const ROOT: u64 = 1;
 const VFIO: u64 = 2;
 const DEVICES: u64 = 3;
 const IOMMU: u64 = 4;
+const CONTAINER: u64 = 5;
 /// Node of a device: this plus its serial. Serials are not used again, so neither are nodes.
 const DEVICE: u64 = 1 << 32;
+/// Node of a group: this plus its serial.
+const GROUP: u64 = 1 << 48;
 
 /// `st_ino` of a device's node, whichever connection it is seen on.
 pub(crate) fn ino(serial: u64) -> u64 {
@@ -50,9 +54,11 @@ struct Tree {
     shared: Arc<Shared>,
     connection: OnceLock<Connection>,
     nodes: Mutex<HashMap<u64, Known>>,
-    iommu: Mutex<Owner>,
+    groups: Mutex<HashMap<u64, KnownGroup>>,
+    iommu: Plain,
+    container: Plain,
     device: Owner,
-    mounter: Arc<Mounter>,
+    group: Owner,
     redirect: bool,
 }
 
@@ -64,10 +70,16 @@ struct Known {
     lookups: u64,
 }
 
+/// A group's node that the kernel holds lookups of.
+struct KnownGroup {
+    node: Arc<Plain>,
+    lookups: u64,
+}
+
 impl std::fmt::Debug for Tree {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Tree")
-            .field("mounter", &self.mounter)
+            .field("mounter", &self.shared.mounter)
             .finish_non_exhaustive()
     }
 }
@@ -78,18 +90,23 @@ impl Dev {
         make_dir(&options.dev)?;
         let shared = Arc::new(Shared {
             files: Files::default(),
-            contexts: Contexts::default(),
+            mount: OnceLock::new(),
+            mounter: Mounter::new(options.dev.join("vfio/devices"), options.idle),
+            config: core.config().clone(),
+            advice: Advice::default(),
             ioctl_deadline: options.ioctl_deadline,
             passthrough: options.passthrough,
         });
         let tree = Arc::new(Tree {
             core: core.clone(),
+            iommu: Plain::new(&shared, Which::Iommu, IOMMU, options.iommu),
+            container: Plain::new(&shared, Which::Container, CONTAINER, options.container),
             shared,
             connection: OnceLock::new(),
             nodes: Mutex::default(),
-            iommu: Mutex::new(options.iommu),
+            groups: Mutex::default(),
             device: options.device,
-            mounter: Mounter::new(options.dev.join("vfio/devices"), options.idle),
+            group: options.group,
             redirect: options.redirect,
         });
         let options_ = MountOptions {
@@ -101,9 +118,9 @@ impl Dev {
         let _ = tree.connection.set(connection.clone());
         let policy = Policy {
             name: "vfio-dev".into(),
-            // BIND asks this connection which context a descriptor is, from a thread that may be
-            // one of these.
-            threads: 2,
+            // BIND and SET_CONTAINER ask this connection which file a descriptor is, from a thread
+            // that may be one of these.
+            threads: 4,
             follow_cpu: false,
             ..Policy::default()
         };
@@ -115,16 +132,17 @@ impl Dev {
             rustix::fs::Mode::empty(),
         )?;
         if let Some(id) = file_id(node) {
-            let _ = tree.shared.contexts.node.set(id);
+            let _ = tree.shared.mount.set(id.dev);
         }
         let weak = Arc::downgrade(&tree);
         let events = core.subscribe(move |notice| {
-            let Notice::Event(event) = notice else { return };
-            if !matches!(event.what, What::Unregistering { .. }) {
-                return;
-            }
-            if let Some(tree) = weak.upgrade() {
-                tree.forget_name(&event.device);
+            let Some(tree) = weak.upgrade() else { return };
+            match notice {
+                Notice::Event(event) if matches!(event.what, What::Unregistering { .. }) => {
+                    tree.forget_name(&event.device);
+                }
+                Notice::GroupGone { name, serial } => tree.forget_group(name, *serial),
+                _ => {}
             }
         });
         Ok(Dev {
@@ -145,13 +163,8 @@ impl Dev {
     /// connection, its memory.
     pub fn file_ids(&self, device: &Device) -> Vec<FileId> {
         let mut ids = Vec::new();
-        if let Some(iommu) = self.tree.shared.contexts.node.get() {
-            ids.push(FileId {
-                dev: iommu.dev,
-                ino: ino(device.serial()),
-            });
-        }
-        if let Some(own) = self.tree.mounter.file_id(device.serial()) {
+        ids.extend(self.tree.shared.file_id(ino(device.serial())));
+        if let Some(own) = self.tree.shared.mounter.file_id(device.serial()) {
             // The root of its own connection: node 1 where a mapping shows it (`i_ino`), and what
             // GETATTR says where stat does (`fs/fuse/inode.c`, `orig_ino`).
             ids.extend([1, ino(device.serial())].map(|ino| FileId { ino, ..own }));
@@ -164,23 +177,38 @@ impl Dev {
         ids
     }
 
+    /// The file a client holds that has the group open.
+    pub fn group_file_id(&self, group: &Group) -> Option<FileId> {
+        self.tree.shared.file_id(GROUP + group.serial())
+    }
+
     /// How many devices have a mount of their own at the moment.
     pub fn own_mounts(&self) -> usize {
-        self.tree.mounter.len()
+        self.tree.shared.mounter.len()
     }
 
     /// Open device files and iommufd contexts.
     pub fn open_files(&self) -> (usize, usize) {
+        let files = &self.tree.shared.files;
         (
-            self.tree.shared.files.len(),
-            self.tree.shared.contexts.files.len(),
+            files.count(|file| matches!(file, FileObject::Device(_))),
+            files.count(|file| matches!(file, FileObject::Iommufd(_))),
+        )
+    }
+
+    /// Open group files and containers.
+    pub fn open_groups(&self) -> (usize, usize) {
+        let files = &self.tree.shared.files;
+        (
+            files.count(|file| matches!(file, FileObject::Group(_))),
+            files.count(|file| matches!(file, FileObject::Container(_))),
         )
     }
 }
 
 impl Drop for Dev {
     fn drop(&mut self) {
-        self.tree.mounter.stop();
+        self.tree.shared.mounter.stop();
         drop(self.mount.take());
         self.workers.wait(Duration::from_millis(200));
     }
@@ -209,11 +237,8 @@ impl Tree {
         Some((Arc::clone(&known.node), Arc::clone(&known.through)))
     }
 
-    fn iommu_attr(&self) -> Attr {
-        let owner = *self.iommu.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut attr = Attr::new(IOMMU, 0o100_000 | owner.mode, 0);
-        (attr.uid, attr.gid) = (owner.uid, owner.gid);
-        attr
+    fn groups(&self) -> MutexGuard<'_, HashMap<u64, KnownGroup>> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The device behind a name in `devices`: there only with char devices on.
@@ -234,8 +259,32 @@ impl Tree {
         };
         let entry = match (parent, name.to_str()) {
             (ROOT, Some("vfio")) => fixed(VFIO, dir_attr(VFIO)),
-            (ROOT, Some("iommu")) => fixed(IOMMU, self.iommu_attr()),
+            (ROOT, Some("iommu")) => fixed(IOMMU, self.iommu.attr()),
             (VFIO, Some("devices")) => fixed(DEVICES, dir_attr(DEVICES)),
+            (VFIO, Some("vfio")) => fixed(CONTAINER, self.container.attr()),
+            (VFIO, Some(name)) => match self.core.group_by_name(name) {
+                Some(group) => {
+                    let id = GROUP + group.serial();
+                    let mut groups = self.groups();
+                    let known = groups.entry(id).or_insert_with(|| KnownGroup {
+                        node: Arc::new(Plain::new(
+                            &self.shared,
+                            Which::Group(group),
+                            id,
+                            self.group,
+                        )),
+                        lookups: 0,
+                    });
+                    known.lookups += 1;
+                    let attr = known.node.attr();
+                    drop(groups);
+                    fixed(id, attr)
+                }
+                None => {
+                    let _ = reply.error(Errno::NOENT);
+                    return;
+                }
+            },
             (DEVICES, _) => match self.device(name) {
                 Some(device) => {
                     let id = ino(device.serial());
@@ -246,11 +295,8 @@ impl Tree {
                         lookups: 0,
                     });
                     known.lookups += 1;
-                    if let Some(iommu) = self.shared.contexts.node.get() {
-                        let _ = known.through.id.set(FileId {
-                            dev: iommu.dev,
-                            ino: id,
-                        });
+                    if let Some(file) = self.shared.file_id(id) {
+                        let _ = known.through.id.set(file);
                     }
                     let attr = known.node.attr(id);
                     drop(nodes);
@@ -270,6 +316,18 @@ impl Tree {
     }
 
     fn forget(&self, id: u64, lookups: u64) {
+        if id >= GROUP {
+            let mut groups = self.groups();
+            if let Some(known) = groups.get_mut(&id) {
+                known.lookups = known.lookups.saturating_sub(lookups);
+                if known.lookups == 0 {
+                    let gone = groups.remove(&id);
+                    drop(groups);
+                    drop(gone);
+                }
+            }
+            return;
+        }
         let mut nodes = self.nodes();
         if let Some(known) = nodes.get_mut(&id) {
             known.lookups = known.lookups.saturating_sub(lookups);
@@ -288,7 +346,17 @@ impl Tree {
                 (VFIO, FileType::Directory, "vfio".into()),
                 (IOMMU, FileType::RegularFile, "iommu".into()),
             ],
-            VFIO => vec![(DEVICES, FileType::Directory, "devices".into())],
+            VFIO => {
+                let mut names = vec![
+                    (DEVICES, FileType::Directory, "devices".into()),
+                    (CONTAINER, FileType::RegularFile, "vfio".into()),
+                ];
+                names.extend(self.core.groups().iter().map(|group| {
+                    let node = GROUP + group.serial();
+                    (node, FileType::RegularFile, group.name())
+                }));
+                names
+            }
             DEVICES if self.core.config().cdev => self
                 .core
                 .devices()
@@ -308,10 +376,10 @@ impl Tree {
             .find(|(_, known)| known.node.name == name)
             .map(|(id, known)| (*id, known.node.serial));
         let Some((id, serial)) = known else { return };
-        self.mounter.gone(serial);
+        self.shared.mounter.gone(serial);
         let tree = Arc::clone(self);
         let name = name.to_owned();
-        self.mounter.notify(move || {
+        self.shared.mounter.notify(move || {
             if let Some(connection) = tree.connection.get() {
                 // ENOENT: the kernel had forgotten it by itself.
                 let _ = connection.notify_delete(DEVICES, id, OsStr::new(&name));
@@ -319,79 +387,19 @@ impl Tree {
         });
     }
 
-    fn iommu_ioctl(&self, fh: u64, cmd: u32, arg: u64, tid: u32, reply: ReplyIoctl) {
-        if cmd == IDENTIFY && is_ours(tid) {
-            let _ = match i32::try_from(fh) {
-                Ok(fh) => reply.result(fh, &[]),
-                Err(_) => reply.error(Errno::OVERFLOW),
-            };
+    /// The kernel forgets a group's name. Files that are open go on being answered.
+    fn forget_group(self: &Arc<Self>, name: &str, serial: u64) {
+        let id = GROUP + serial;
+        if !self.groups().contains_key(&id) {
             return;
         }
-        let Some(context) = self.shared.contexts.files.get(fh) else {
-            let _ = reply.error(Errno::BADF);
-            return;
-        };
-        reply.set_deadline(Instant::now() + self.shared.ioctl_deadline, Errno::TIMEDOUT);
-        let result = FuseCaller::new(tid, &self.shared.contexts)
-            .and_then(|caller| context.ioctl(cmd, arg, &caller));
-        let _ = match result {
-            Ok(value) => reply.result(i32::try_from(value).unwrap_or(i32::MAX), &[]),
-            Err(errno) => {
-                note("iommu", errno);
-                reply.error(errno)
+        let tree = Arc::clone(self);
+        let name = name.to_owned();
+        self.shared.mounter.notify(move || {
+            if let Some(connection) = tree.connection.get() {
+                let _ = connection.notify_delete(VFIO, id, OsStr::new(&name));
             }
-        };
-    }
-
-    fn iommu(&self, request: Request<'_>) {
-        let tid = request.caller.tid;
-        let _ = match request.op {
-            Operation::Ioctl {
-                fh,
-                cmd,
-                arg,
-                reply,
-                ..
-            } => {
-                self.iommu_ioctl(fh, cmd, arg, tid, reply);
-                return;
-            }
-            Operation::Open { reply, .. } => {
-                let fh = self.shared.contexts.files.insert(Iommufd::new());
-                let flags = OpenFlags::DIRECT_IO | OpenFlags::NOFLUSH;
-                let answered = reply.opened(&Opened {
-                    fh,
-                    flags,
-                    backing: None,
-                });
-                if !answered.is_delivered() {
-                    drop(self.shared.contexts.files.remove(fh));
-                }
-                return;
-            }
-            Operation::Release { fh, reply, .. } => {
-                if let Some(context) = self.shared.contexts.files.remove(fh) {
-                    context.close();
-                }
-                reply.ok()
-            }
-            Operation::Getattr { reply, .. } => reply.attr(&self.iommu_attr()),
-            Operation::Setattr { attrs, reply } => {
-                if attrs.size.is_some() && attrs.fh.is_some() {
-                    reply.error(Errno::INVAL)
-                } else {
-                    let mut owner = self.iommu.lock().unwrap_or_else(PoisonError::into_inner);
-                    change(&mut owner, &attrs);
-                    drop(owner);
-                    reply.attr(&self.iommu_attr())
-                }
-            }
-            Operation::Read { reply, .. } => reply.error(Errno::INVAL),
-            Operation::Write { reply, .. } => reply.error(Errno::INVAL),
-            Operation::Flush { reply, .. } => reply.ok(),
-            Operation::Fsync { reply, .. } => reply.error(Errno::INVAL),
-            other => other.error(Errno::NOSYS),
-        };
+        });
     }
 
     fn directory(&self, request: Request<'_>) {
@@ -441,7 +449,17 @@ impl Handler for Tree {
             return;
         }
         match request.node {
-            IOMMU => self.iommu(request),
+            IOMMU => self.iommu.handle(request),
+            CONTAINER => self.container.handle(request),
+            id if id >= GROUP => {
+                let node = self.groups().get(&id).map(|known| Arc::clone(&known.node));
+                match node {
+                    Some(node) => node.handle(request),
+                    None => {
+                        let _ = request.op.error(Errno::NXIO);
+                    }
+                }
+            }
             id if id >= DEVICE => {
                 let Some((node, through)) = self.node(id) else {
                     let _ = request.op.error(Errno::NXIO);
@@ -451,7 +469,7 @@ impl Handler for Tree {
                 match request.op {
                     Operation::Open { flags, reply } => {
                         let reply = if self.redirect {
-                            match self.mounter.redirect(&node, tid, reply) {
+                            match self.shared.mounter.redirect(&node, tid, reply) {
                                 Some(reply) => reply,
                                 None => return,
                             }

@@ -4,6 +4,8 @@ use rustix::io::Errno;
 use slab::Slab;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
+use vfio_core::caller::FileObject;
+use vfio_core::device::DeviceFile;
 
 /// How often a lack of descriptors is worth a line.
 const SAY_AGAIN: Duration = Duration::from_secs(10);
@@ -32,7 +34,7 @@ pub(crate) fn note(name: &str, errno: Errno) {
 
 /// A table of open files.
 #[derive(Debug)]
-pub(crate) struct Files<T>(RwLock<Slab<Arc<T>>>);
+pub(crate) struct Files<T>(RwLock<Slab<T>>);
 
 impl<T> Default for Files<T> {
     fn default() -> Self {
@@ -40,25 +42,38 @@ impl<T> Default for Files<T> {
     }
 }
 
-impl<T> Files<T> {
-    pub(crate) fn insert(&self, file: Arc<T>) -> u64 {
+impl<T: Clone> Files<T> {
+    pub(crate) fn insert(&self, file: T) -> u64 {
         self.0
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(file) as u64
     }
 
-    pub(crate) fn get(&self, fh: u64) -> Option<Arc<T>> {
+    pub(crate) fn get(&self, fh: u64) -> Option<T> {
         let files = self.0.read().unwrap_or_else(PoisonError::into_inner);
         files.get(usize::try_from(fh).ok()?).cloned()
     }
 
-    pub(crate) fn remove(&self, fh: u64) -> Option<Arc<T>> {
+    pub(crate) fn remove(&self, fh: u64) -> Option<T> {
         let mut files = self.0.write().unwrap_or_else(PoisonError::into_inner);
         files.try_remove(usize::try_from(fh).ok()?)
     }
+}
 
-    pub(crate) fn len(&self) -> usize {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).len()
+/// Files of a `dev` tree, of every kind: one number, one file, so that the number alone tells which.
+impl Files<FileObject> {
+    pub(crate) fn device(&self, fh: u64) -> Option<Arc<DeviceFile>> {
+        let files = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        match files.get(usize::try_from(fh).ok()?)? {
+            FileObject::Device(file) => Some(Arc::clone(file)),
+            _ => None,
+        }
+    }
+
+    /// How many there are of a kind.
+    pub(crate) fn count(&self, is: impl Fn(&FileObject) -> bool) -> usize {
+        let files = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        files.iter().filter(|(_, file)| is(file)).count()
     }
 }

@@ -4,11 +4,10 @@
 use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::io::Errno;
 
-/// `_IO('V', 0xfd)`: the iommu node answers it with the number of the open file, to this process
-/// only.
+/// `_IO('V', 0xfd)`: every node answers it with the number of the open file, to this process only.
 pub(crate) const IDENTIFY: u32 = (b'V' as u32) << 8 | 0xfd;
 
-/// The number of the open file behind a descriptor of the iommu node. The request travels through
+/// The number of the open file behind a descriptor of one of our nodes. The request travels through
 /// the kernel to another of our threads; the caller has made sure that the node is ours.
 pub(crate) fn identify(fd: &OwnedFd) -> Result<u64, Errno> {
     // SAFETY: the command carries no pointer: the server of this node (ourselves) answers with a

@@ -6,12 +6,15 @@
 //! (`fs/namei.c`, `do_filp_open`) and lands there. So two devices share no queue, no thread and no
 //! lock on their way, and a device that nobody uses costs no descriptor, no mount and no thread.
 
+mod advice;
 mod caller;
 mod dev;
 mod files;
 mod identify;
 mod mounter;
 mod node;
+mod plain;
+mod private;
 mod sys;
 
 pub use dev::Dev;
@@ -34,15 +37,32 @@ pub struct Owner {
     pub mode: u32,
 }
 
+impl Owner {
+    /// Root's, with these permission bits.
+    #[must_use]
+    pub const fn root(mode: u32) -> Owner {
+        Owner {
+            uid: 0,
+            gid: 0,
+            mode,
+        }
+    }
+}
+
 /// What can be chosen about the mounts.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Where the device nodes go: `DIR/vfio/devices/vfioN`, `DIR/iommu`. Made if missing.
+    /// Where the nodes go: `DIR/vfio/devices/vfioN`, `DIR/vfio/N` for groups, `DIR/vfio/vfio` for
+    /// containers, `DIR/iommu`. Made if missing.
     pub dev: PathBuf,
     /// Where the sysfs tree goes. Made if missing.
     pub sys: PathBuf,
     /// Device nodes; 0600 root by default.
     pub device: Owner,
+    /// Group nodes; 0600 root by default.
+    pub group: Owner,
+    /// `/dev/vfio/vfio`; 0666 root by default, since a container is worth nothing without a group.
+    pub container: Owner,
     /// `/dev/iommu`; 0660 root by default.
     pub iommu: Owner,
     /// User and group of everything in the sysfs tree; root by default. In a user namespace that has
@@ -66,16 +86,10 @@ impl Options {
         Options {
             dev: dir.join("dev"),
             sys: dir.join("sys"),
-            device: Owner {
-                uid: 0,
-                gid: 0,
-                mode: 0o600,
-            },
-            iommu: Owner {
-                uid: 0,
-                gid: 0,
-                mode: 0o660,
-            },
+            device: Owner::root(0o600),
+            group: Owner::root(0o600),
+            container: Owner::root(0o666),
+            iommu: Owner::root(0o660),
             sys_owner: (0, 0),
             passthrough: true,
             redirect: true,

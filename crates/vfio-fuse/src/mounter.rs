@@ -189,6 +189,15 @@ impl Mounter {
         Some(*id)
     }
 
+    /// True if a file system is a device's own mount, or was one while a file of it is still open.
+    pub(crate) fn has_mount(&self, dev: u64) -> bool {
+        let state = self.state();
+        let mut own = state.own.values().filter_map(|own| own.id);
+        let mut unmounted = state.unmounted.iter();
+        own.any(|id| id.dev == dev)
+            || unmounted.any(|(_, id, open)| id.dev == dev && open.strong_count() > 0)
+    }
+
     /// How many devices have a connection of their own.
     pub(crate) fn len(&self) -> usize {
         self.state().own.len()

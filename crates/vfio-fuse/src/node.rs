@@ -1,9 +1,12 @@
 //! A device's node: what its requests mean, on whichever connection they come.
 
 use crate::Owner;
-use crate::caller::{Contexts, FuseCaller, opener};
+use crate::advice::Advice;
+use crate::caller::{FuseCaller, opener};
 use crate::files::{Files, note};
+use crate::identify::{IDENTIFY, is_ours};
 use crate::mounter::Mounter;
+use crate::private;
 use client_process::FileId;
 use fuse_server::{
     Answered, Attr, BackingId, Connection, Handler, OpenFlags, Opened, Operation, ReplyAttr,
@@ -14,15 +17,38 @@ use std::cell::RefCell;
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
-use vfio_core::device::{Device, DeviceFile, WeakDevice};
+use vfio_core::caller::FileObject;
+use vfio_core::device::{Device, WeakDevice};
+use vfio_uapi::ioctl::FileKind;
+use vfio_uapi::private::{OPEN_DEVICE, WHAT, What, kind};
 
 /// What all nodes share.
 #[derive(Debug)]
 pub(crate) struct Shared {
-    pub(crate) files: Files<DeviceFile>,
-    pub(crate) contexts: Contexts,
+    pub(crate) files: Files<FileObject>,
+    /// The file system of the `dev` tree, known once it is mounted.
+    pub(crate) mount: OnceLock<u64>,
+    /// Where devices have theirs.
+    pub(crate) mounter: Arc<Mounter>,
+    pub(crate) config: vfio_core::Config,
+    pub(crate) advice: Advice,
     pub(crate) ioctl_deadline: Duration,
     pub(crate) passthrough: bool,
+}
+
+impl Shared {
+    /// True if a file system is one that this daemon serves: its files may be asked.
+    pub(crate) fn is_our_mount(&self, dev: u64) -> bool {
+        self.mount.get() == Some(&dev) || self.mounter.has_mount(dev)
+    }
+
+    /// What is served on the `dev` connection, as a scan of processes finds it.
+    pub(crate) fn file_id(&self, ino: u64) -> Option<FileId> {
+        Some(FileId {
+            dev: *self.mount.get()?,
+            ino,
+        })
+    }
 }
 
 /// A node that the kernel knows of.
@@ -30,6 +56,7 @@ pub(crate) struct Shared {
 pub(crate) struct Node {
     pub(crate) shared: Arc<Shared>,
     pub(crate) serial: u64,
+    pub(crate) index: u32,
     pub(crate) name: String,
     pub(crate) device: WeakDevice,
     owner: Mutex<Owner>,
@@ -71,6 +98,7 @@ impl Node {
         Node {
             shared: Arc::clone(shared),
             serial: device.serial(),
+            index: device.index(),
             name: device.name(),
             device: device.downgrade(),
             owner: Mutex::new(owner),
@@ -121,7 +149,7 @@ impl Node {
                 return;
             }
         };
-        let fh = self.shared.files.insert(file);
+        let fh = self.shared.files.insert(FileObject::Device(file));
         through.open().insert(fh);
         let opened = Opened {
             fh,
@@ -153,21 +181,45 @@ impl Node {
 
     pub(crate) fn release(&self, through: &Through, fh: u64) {
         if through.open().remove(&fh)
-            && let Some(file) = self.shared.files.remove(fh)
+            && let Some(FileObject::Device(file)) = self.shared.files.remove(fh)
         {
             file.release();
         }
     }
 
+    /// What the node is.
+    fn what(&self) -> What {
+        let owner = *self.owner.lock().unwrap_or_else(PoisonError::into_inner);
+        What {
+            argsz: 0,
+            kind: kind::DEVICE,
+            major: self.shared.config.cdev_major,
+            minor: self.index,
+            mode: owner.mode,
+            index: self.index,
+        }
+    }
+
     pub(crate) fn ioctl(&self, fh: u64, cmd: u32, arg: u64, tid: u32, reply: ReplyIoctl) {
-        let Some(file) = self.shared.files.get(fh) else {
+        let Some(file) = self.shared.files.device(fh) else {
             let _ = reply.error(Errno::BADF);
             return;
         };
+        if cmd == IDENTIFY && is_ours(tid) {
+            let _ = private::identified(fh, reply);
+            return;
+        }
         reply.set_deadline(Instant::now() + self.shared.ioctl_deadline, Errno::TIMEDOUT);
-        let result = FuseCaller::new(tid, &self.shared.contexts)
-            .and_then(|caller| file.ioctl(cmd, arg, &caller));
+        let caller = FuseCaller::new(tid, &self.shared);
+        let result = caller.and_then(|caller| match cmd {
+            WHAT => private::what(&caller, arg, self.what()),
+            OPEN_DEVICE => private::open_device(&file, &caller, arg),
+            _ => file.ioctl(cmd, arg, &caller),
+        });
         drop(file);
+        if result == Err(Errno::OPNOTSUPP) {
+            self.shared.advice.give(FileKind::Device, cmd, tid);
+        }
         let _ = match result {
             Ok(value) => reply.result(i32::try_from(value).unwrap_or(i32::MAX), &[]),
             Err(errno) => {
@@ -187,7 +239,7 @@ impl Node {
                 reply,
                 ..
             } => {
-                let Some(file) = self.shared.files.get(fh) else {
+                let Some(file) = self.shared.files.device(fh) else {
                     let _ = reply.error(Errno::BADF);
                     return;
                 };
@@ -207,7 +259,7 @@ impl Node {
                 reply,
                 ..
             } => {
-                let Some(file) = self.shared.files.get(fh) else {
+                let Some(file) = self.shared.files.device(fh) else {
                     let _ = reply.error(Errno::BADF);
                     return;
                 };

@@ -45,7 +45,7 @@ struct Tree {
     /// User and group of what is ours.
     owner: (u32, u32),
     nodes: Mutex<HashMap<u64, Known>>,
-    files: Files<OpenFile>,
+    files: Files<Arc<OpenFile>>,
 }
 
 /// A node that the kernel holds lookups of.

@@ -249,6 +249,14 @@ impl Host {
         self.dir.join(format!("dev/vfio/devices/vfio{index}"))
     }
 
+    pub fn group(&self, number: u32) -> PathBuf {
+        self.dir.join(format!("dev/vfio/{number}"))
+    }
+
+    pub fn container(&self) -> PathBuf {
+        self.dir.join("dev/vfio/vfio")
+    }
+
     pub fn iommu(&self) -> PathBuf {
         self.dir.join("dev/iommu")
     }

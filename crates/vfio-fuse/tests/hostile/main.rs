@@ -14,6 +14,7 @@ mod common;
 mod context;
 mod dma;
 mod eventfd;
+mod group;
 mod kill;
 mod mapping;
 mod order;

@@ -6,6 +6,12 @@ const fn io(nr: u32) -> u32 {
     (b';' as u32) << 8 | nr
 }
 
+pub const SET_IOMMU: u32 = io(102);
+pub const GROUP_STATUS: u32 = io(103);
+pub const SET_CONTAINER: u32 = io(104);
+pub const UNSET_CONTAINER: u32 = io(105);
+pub const GET_DEVICE_FD: u32 = io(106);
+pub const MAP_DMA: u32 = io(113);
 pub const GET_INFO: u32 = io(107);
 pub const REGION_INFO: u32 = io(108);
 pub const IRQ_INFO: u32 = io(109);
@@ -20,6 +26,13 @@ pub const IOAS_ALLOC: u32 = io(0x81);
 pub const IOAS_MAP: u32 = io(0x85);
 pub const IOAS_UNMAP: u32 = io(0x86);
 pub const IOAS_MAP_FILE: u32 = io(0x8f);
+
+pub const WHAT: u32 = 0x56f0;
+pub const OPEN_DEVICE: u32 = 0x56f1;
+pub const FIND_DEVICE: u32 = 0x56f2;
+
+/// `VFIO_TYPE1v2_IOMMU`.
+pub const TYPE1_V2: u64 = 3;
 
 pub const NONE: u32 = 1;
 pub const BOOL: u32 = 2;
@@ -56,6 +69,46 @@ impl Client {
         let mut arg = bind_arg(iommufd);
         self.ioctl(device, BIND, &mut arg)?;
         Ok(word(&arg, 3))
+    }
+
+    pub fn set_container(&self, group: u64, container: u64) -> Outcome {
+        self.ioctl(group, SET_CONTAINER, &mut words(&[container as u32]))
+    }
+
+    pub fn unset_container(&self, group: u64) -> Outcome {
+        self.ioctl_at(group, UNSET_CONTAINER, 0)
+    }
+
+    /// The flags of GET_STATUS.
+    pub fn group_status(&self, group: u64) -> Result<u32, Errno> {
+        let mut arg = words(&[8, 0]);
+        self.ioctl(group, GROUP_STATUS, &mut arg)?;
+        Ok(word(&arg, 1))
+    }
+
+    /// What an ioctl makes of a name, which lies at the end of a page.
+    pub fn ioctl_name(&self, group: u64, cmd: u32, name: &[u8]) -> Outcome {
+        let at = self.arena + 8192 - name.len() as u64;
+        self.poke(at, name);
+        self.ioctl_at(group, cmd, at)
+    }
+
+    /// Makes a device file one of the group: what a supervisor does for GET_DEVICE_FD.
+    pub fn open_device(&self, device: u64, group: u64, name: &[u8]) -> Outcome {
+        let at = self.arena + 8192;
+        self.poke(at, name);
+        let mut arg = words(&[24, group as u32, 0, name.len() as u32]);
+        arg.extend(at.to_ne_bytes());
+        self.ioctl(device, OPEN_DEVICE, &mut arg)
+    }
+
+    /// VFIO_IOMMU_MAP_DMA, readable and writable.
+    pub fn map_dma(&self, container: u64, addr: u64, len: u64, iova: u64) -> Outcome {
+        let mut arg = words(&[32, 3]);
+        for value in [addr, iova, len] {
+            arg.extend(value.to_ne_bytes());
+        }
+        self.ioctl(container, MAP_DMA, &mut arg)
     }
 
     pub fn ioas(&self, iommufd: u64) -> Result<u32, Errno> {

@@ -1,0 +1,201 @@
+//! Nodes that are all served on the `dev` connection: `iommu`, `vfio/vfio`, `vfio/N`.
+
+use crate::Owner;
+use crate::caller::{FuseCaller, opener};
+use crate::files::note;
+use crate::identify::{IDENTIFY, is_ours};
+use crate::node::{Shared, change};
+use crate::private;
+use fuse_server::{Attr, OpenFlags, Opened, Operation, ReplyIoctl, ReplyOpen, Request};
+use rustix::io::Errno;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+use vfio_core::caller::FileObject;
+use vfio_core::container::Container;
+use vfio_core::group::Group;
+use vfio_core::iommufd::Iommufd;
+use vfio_uapi::ioctl::FileKind;
+use vfio_uapi::private::{FIND_DEVICE, WHAT, What, kind};
+
+/// Major number of misc devices (`MISC_MAJOR`).
+const MISC_MAJOR: u32 = 10;
+/// `VFIO_MINOR`.
+const CONTAINER_MINOR: u32 = 196;
+
+/// Which node it is.
+#[derive(Debug)]
+pub(crate) enum Which {
+    Iommu,
+    Container,
+    /// Kept while the kernel knows the node, dead or alive.
+    Group(Arc<Group>),
+}
+
+/// A node whose opens need nothing but a value of their own.
+#[derive(Debug)]
+pub(crate) struct Plain {
+    pub(crate) which: Which,
+    shared: Arc<Shared>,
+    ino: u64,
+    owner: Mutex<Owner>,
+}
+
+impl Plain {
+    pub(crate) fn new(shared: &Arc<Shared>, which: Which, ino: u64, owner: Owner) -> Plain {
+        Plain {
+            which,
+            shared: Arc::clone(shared),
+            ino,
+            owner: Mutex::new(owner),
+        }
+    }
+
+    fn owner(&self) -> Owner {
+        *self.owner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn attr(&self) -> Attr {
+        let owner = self.owner();
+        let mut attr = Attr::new(self.ino, 0o100_000 | owner.mode, 0);
+        (attr.uid, attr.gid) = (owner.uid, owner.gid);
+        attr
+    }
+
+    /// For messages.
+    fn name(&self) -> String {
+        match &self.which {
+            Which::Iommu => "iommu".into(),
+            Which::Container => "vfio/vfio".into(),
+            Which::Group(group) => format!("vfio/{}", group.id()),
+        }
+    }
+
+    fn file_kind(&self) -> FileKind {
+        match self.which {
+            Which::Iommu => FileKind::Iommufd,
+            Which::Container => FileKind::Container,
+            Which::Group(_) => FileKind::Group,
+        }
+    }
+
+    fn what(&self) -> What {
+        let config = &self.shared.config;
+        let (kind, major, minor, index) = match &self.which {
+            Which::Iommu => (kind::IOMMU, MISC_MAJOR, config.iommu_minor, 0),
+            Which::Container => (kind::CONTAINER, MISC_MAJOR, CONTAINER_MINOR, 0),
+            Which::Group(group) => (kind::GROUP, config.group_major, group.minor(), group.id()),
+        };
+        What {
+            argsz: 0,
+            kind,
+            major,
+            minor,
+            mode: self.owner().mode,
+            index,
+        }
+    }
+
+    fn open(&self, tid: u32, reply: ReplyOpen) {
+        let file = match &self.which {
+            Which::Iommu => FileObject::Iommufd(Iommufd::new()),
+            Which::Container => FileObject::Container(Container::new()),
+            Which::Group(group) => match group.open(opener(tid, None)) {
+                Ok(file) => FileObject::Group(file),
+                Err(errno) => {
+                    let _ = reply.error(errno);
+                    return;
+                }
+            },
+        };
+        let fh = self.shared.files.insert(file);
+        let opened = Opened {
+            fh,
+            flags: OpenFlags::DIRECT_IO | OpenFlags::NOFLUSH,
+            backing: None,
+        };
+        if !reply.opened(&opened).is_delivered() {
+            self.release(fh);
+        }
+    }
+
+    fn release(&self, fh: u64) {
+        match self.shared.files.remove(fh) {
+            Some(FileObject::Iommufd(context)) => context.close(),
+            Some(FileObject::Container(container)) => container.close(),
+            Some(FileObject::Group(group)) => group.release(),
+            _ => {}
+        }
+    }
+
+    fn ioctl(&self, fh: u64, cmd: u32, arg: u64, tid: u32, reply: ReplyIoctl) {
+        let Some(file) = self.shared.files.get(fh) else {
+            let _ = reply.error(Errno::BADF);
+            return;
+        };
+        if cmd == IDENTIFY && is_ours(tid) {
+            let _ = private::identified(fh, reply);
+            return;
+        }
+        reply.set_deadline(Instant::now() + self.shared.ioctl_deadline, Errno::TIMEDOUT);
+        let caller = FuseCaller::new(tid, &self.shared);
+        let result = caller.and_then(|caller| match (&file, cmd) {
+            (_, WHAT) => private::what(&caller, arg, self.what()),
+            (FileObject::Group(group), FIND_DEVICE) => private::find_device(group, &caller, arg),
+            (FileObject::Iommufd(context), _) => context.ioctl(cmd, arg, &caller),
+            (FileObject::Container(container), _) => container.ioctl(cmd, arg, &caller),
+            (FileObject::Group(group), _) => group.ioctl(cmd, arg, &caller),
+            _ => Err(Errno::BADF),
+        });
+        let _ = match result {
+            Ok(value) => reply.result(i32::try_from(value).unwrap_or(i32::MAX), &[]),
+            Err(errno) => {
+                if errno == Errno::OPNOTSUPP {
+                    self.shared.advice.give(self.file_kind(), cmd, tid);
+                }
+                note(&self.name(), errno);
+                reply.error(errno)
+            }
+        };
+    }
+
+    pub(crate) fn handle(&self, request: Request<'_>) {
+        let tid = request.caller.tid;
+        let _ = match request.op {
+            Operation::Ioctl {
+                fh,
+                cmd,
+                arg,
+                reply,
+                ..
+            } => {
+                self.ioctl(fh, cmd, arg, tid, reply);
+                return;
+            }
+            Operation::Open { reply, .. } => {
+                self.open(tid, reply);
+                return;
+            }
+            Operation::Release { fh, reply, .. } => {
+                self.release(fh);
+                reply.ok()
+            }
+            Operation::Getattr { reply, .. } => reply.attr(&self.attr()),
+            Operation::Setattr { attrs, reply } => {
+                if attrs.size.is_some() && attrs.fh.is_some() {
+                    reply.error(Errno::INVAL)
+                } else {
+                    let mut owner = self.owner.lock().unwrap_or_else(PoisonError::into_inner);
+                    change(&mut owner, &attrs);
+                    drop(owner);
+                    reply.attr(&self.attr())
+                }
+            }
+            Operation::Read { reply, .. } => reply.error(Errno::INVAL),
+            Operation::Write { reply, .. } => reply.error(Errno::INVAL),
+            Operation::Flush { reply, .. } => reply.ok(),
+            Operation::Fsync { reply, .. } => reply.error(Errno::INVAL),
+            // POLL among them: without it the kernel says "always ready", as for a VFIO file.
+            other => other.error(Errno::NOSYS),
+        };
+    }
+}
