@@ -110,7 +110,7 @@ fn ours_is_beside_the_machines_own() {
         "ls /sys/kernel/mm/hugepages /sys/devices/system /sys/block /sys/fs",
         "cat /sys/kernel/mm/transparent_hugepage/enabled",
         "stat -c '%t:%T %a %u:%g' /dev/null /dev/zero /dev/kvm /dev/fuse /dev/tty",
-        "cd /sys/class; for c in *; do case $c in vfio-dev|mdev_bus|mtty|mdpy|bdi) ;; *) ls $c;; esac; done",
+        "cd /sys/class; for c in *; do case $c in vfio|vfio-dev|mdev_bus|mtty|mdpy|bdi) ;; *) ls -I vfio -I iommu $c;; esac; done",
         "cd /sys/module; for m in *; do case $m in vfio*|mdev|mtty|mdpy|iommufd) ;; *) find $m -type f;; esac; done | sort",
         "ls -l /sys/dev/block; readlink /dev/fd /dev/stdin",
         "cat /sys/kernel/uevent_seqnum",
