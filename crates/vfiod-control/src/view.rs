@@ -4,6 +4,7 @@
 //! meaning raises the number.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Version of what `vfioctl --json` prints and of the descriptions on the control socket.
 pub const SCHEMA: u32 = 1;
@@ -275,6 +276,12 @@ pub struct Status {
     /// Where its nodes are; absent when nothing is mounted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dev: Option<String>,
+    /// Its regions of char devices by name, with their major numbers: what `/proc/devices` would list.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub char_regions: BTreeMap<String, u32>,
+    /// Its misc devices by name, with their minor numbers: what `/proc/misc` would list.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub misc_devices: BTreeMap<String, u32>,
     /// Registered VFIO devices.
     pub devices: u32,
     /// Unregisters that wait.

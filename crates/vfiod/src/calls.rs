@@ -4,6 +4,7 @@ use crate::config::Uevents;
 use crate::control::Peer;
 use crate::devices::{self, Found, Look, Requests};
 use rustix::io::Errno;
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -169,11 +170,21 @@ impl Server {
     fn status(&self, look: &Look<'_>) -> Status {
         let mounted = look.mounts.is_some();
         let place = |path: &PathBuf| mounted.then(|| path.to_string_lossy().into_owned());
+        let config = self.core.config();
+        let mut char_regions = BTreeMap::from([("vfio".to_owned(), config.group_major)]);
+        if config.cdev {
+            char_regions.insert("vfio-dev".to_owned(), config.cdev_major);
+        }
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             sys: place(&self.sys),
             dev: place(&self.dev),
+            char_regions,
+            misc_devices: BTreeMap::from([
+                ("vfio".to_owned(), 196),
+                ("iommu".to_owned(), config.iommu_minor),
+            ]),
             devices: u32::try_from(self.core.devices().len()).unwrap_or(u32::MAX),
             pending: u32::try_from(self.core.model().unregistering().len()).unwrap_or(u32::MAX),
             uptime_s: self.started.elapsed().as_secs(),

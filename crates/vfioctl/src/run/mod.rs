@@ -7,6 +7,7 @@
 //! `iommu` beside them. Then this process becomes the command: signals and exit status are its own.
 //! What no file system can answer, another process does ([`supervisor`]).
 
+mod machine;
 mod net;
 mod supervisor;
 mod tree;
@@ -84,12 +85,17 @@ struct Places {
     dev: PathBuf,
     /// Its sysfs with places for the machine's.
     merge: PathBuf,
+    /// Its char devices: regions by major number, misc devices by minor number.
+    regions: machine::Numbers,
+    misc: machine::Numbers,
 }
 
 fn places(client: &mut Client) -> Result<Places> {
     let Answer::Status(Status {
         sys: Some(sys),
         dev: Some(dev),
+        char_regions,
+        misc_devices,
         ..
     }) = client.call(Call::Status, |_| {})?
     else {
@@ -112,6 +118,8 @@ fn places(client: &mut Client) -> Result<Places> {
         sys: sys.into(),
         dev: dev.into(),
         merge: merge.into(),
+        regions: char_regions,
+        misc: misc_devices,
     })
 }
 
@@ -137,6 +145,9 @@ fn enter(places: &Places, uevents: bool) -> Result {
     tree::merge_sys(&places.sys, &places.merge, sys).map_err(say("merging", sys))?;
     let dev = Path::new("/dev");
     tree::merge_dev(&places.dev, dev).map_err(say("merging", dev))?;
+    if let Err((what, errno)) = machine::merge(&places.regions, &places.misc) {
+        eprintln!("vfioctl: {what} is the machine's, without vfiod's part: {errno}");
+    }
     if let Some(here) = here {
         // Otherwise a command started below /sys or /dev would still be in the tree underneath.
         let _ = std::env::set_current_dir(here);

@@ -106,7 +106,7 @@ fn make_ptmx(real: &OwnedFd, at: &Path) -> Result {
     }
 }
 
-fn make_file(path: &Path) -> Result {
+pub(super) fn make_file(path: &Path) -> Result {
     rustix::fs::open(
         path,
         OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC,
@@ -129,7 +129,7 @@ fn tmpfs() -> Result<OwnedFd> {
 
 /// Binds what is at `path` below `from`, with all that is mounted there, onto `place`. What goes
 /// meanwhile, or has no place any more, is no error.
-fn bind(from: BorrowedFd<'_>, path: &Path, place: &Path) -> Result {
+pub(super) fn bind(from: BorrowedFd<'_>, path: &Path, place: &Path) -> Result {
     let bound = clone(from, path).and_then(|tree| attach(&tree, place));
     match bound {
         Err(Errno::NOENT | Errno::NODEV | Errno::STALE) => Ok(()),
@@ -148,7 +148,7 @@ fn clone(from: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd> {
     )
 }
 
-fn attach(tree: &OwnedFd, place: &Path) -> Result {
+pub(super) fn attach(tree: &OwnedFd, place: &Path) -> Result {
     move_mount(
         tree,
         "",

@@ -137,34 +137,30 @@ impl Supervisor {
         } else {
             Err(Errno::BADF)
         };
-        let (file, rdev) = match open {
-            Ok(file) => {
-                let rdev = self
-                    .nodes
-                    .char_device(file.as_fd())
-                    .or_else(|_| self.nodes.char_device_by_name(&file))?;
-                (file, rdev)
-            }
+        let (file, open) = match open {
+            Ok(file) => (file, true),
             // A path, or a descriptor opened with O_PATH, which takes no ioctl.
             Err(Errno::BADF) => {
                 let follow = stat.flags & libc::AT_SYMLINK_NOFOLLOW == 0;
-                let tid = call.tid;
-                let (nodes, proc_dev) = (&self.nodes, self.proc_dev);
                 let walk = Walk {
-                    nodes,
-                    tid,
-                    proc_dev,
+                    nodes: &self.nodes,
+                    tid: call.tid,
+                    proc_dev: self.proc_dev,
                 };
-                let file = walk.open(stat.dirfd, &path, follow)?;
-                let ours = self.nodes.is_ours(FileId::at(&file, "")?.dev);
-                if !ours || is_directory(&file)? {
-                    return Err(Errno::NOTTY);
-                }
-                let rdev = self.nodes.char_device_by_name(&file)?;
-                (file, rdev)
+                (walk.open(stat.dirfd, &path, follow)?, false)
             }
             Err(errno) => return Err(errno),
         };
+        let ours = self.nodes.is_ours(FileId::at(&file, "")?.dev);
+        if !ours || is_directory(&file)? {
+            return Err(Errno::NOTTY);
+        }
+        let rdev = if open {
+            self.nodes.char_device(file.as_fd())
+        } else {
+            Err(Errno::BADF)
+        };
+        let rdev = rdev.or_else(|_| self.nodes.char_device_by_name(&file))?;
         let answer = match stat.statx {
             Some(mask) => Statx::of(file.as_fd(), stat.flags, mask)?
                 .into_char_device(rdev)
