@@ -24,6 +24,10 @@ pub struct Config {
     pub iommu_minor: u32,
     /// How often users of a device that is going are asked to leave; the kernel's 10 s.
     pub request_interval: Duration,
+    /// How long an open or a bind that finds the device or its group busy waits for the end of a
+    /// close that may have begun. In the kernel `close()` returns when all is done; a server is
+    /// told of it afterwards.
+    pub close_grace: Duration,
     /// First IOMMU group number to use, beyond those that the machine has itself.
     pub first_iommu_group: u32,
     /// What a write to `unbind` or `remove` in sysfs does about users; the kernel's way is to wait.
@@ -38,6 +42,7 @@ impl Default for Config {
             group_major: 510,
             iommu_minor: 127,
             request_interval: Duration::from_secs(10),
+            close_grace: Duration::from_millis(100),
             first_iommu_group: 0,
             sysfs_policy: Policy::Wait,
         }
@@ -66,12 +71,13 @@ impl Core {
     /// A core with nothing in it.
     pub fn new(config: Config) -> Core {
         let groups = IommuGroups::new(config.first_iommu_group);
+        let vfio_groups = Groups::new(config.close_grace);
         Core(Arc::new(Inner {
             config,
             indexes: IndexPool::new(0, MINOR_MASK),
             registered: RwLock::default(),
             groups,
-            vfio_groups: Groups::default(),
+            vfio_groups,
             sets: Sets::default(),
             subscribers: Arc::default(),
             house: Arc::default(),

@@ -27,9 +27,6 @@ use vfio_uapi::ioctl::DeviceIoctl;
 /// Most bytes of feature data that are looked at: every feature's structure is far smaller.
 const FEATURE_DATA_MAX: usize = 4096;
 
-/// How long BIND waits for the end of a close that has begun.
-const CLOSING: Duration = Duration::from_millis(100);
-
 impl DeviceFile {
     /// An ioctl. Returns what the client's `ioctl()` returns. Before BIND everything but BIND is
     /// `EINVAL`; a number nobody knows is `ENOTTY`; a file that was cut off gets `ENODEV`.
@@ -96,7 +93,7 @@ impl DeviceFile {
 /// (`fs/fuse/file.c`, `fuse_file_put`). So who finds the device open by no file any more waits a
 /// moment for the end of that close, and only a mapping that outlives its file is `EINVAL`.
 pub(super) fn open_once_closed(device: &Device, bind: Bind<'_>) -> Result<Arc<dyn Session>> {
-    let until = Instant::now() + CLOSING;
+    let until = Instant::now() + device.head().core.config().close_grace;
     loop {
         let opened = Arc::clone(&device.0).open(false, bind);
         let is_closing =

@@ -26,6 +26,12 @@ impl fmt::Debug for GroupFile {
     }
 }
 
+impl Drop for GroupFile {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
 /// How a device of the group is opened.
 pub(crate) enum Way {
     Container(Arc<crate::container::Attached>),

@@ -49,12 +49,12 @@ impl Drop for Lease {
     fn drop(&mut self) {
         let mut state = self.group.state();
         match self.kind {
-            Kind::Cdev => state.cdev -= 1,
-            Kind::Iommufd => state.iommufd -= 1,
+            Kind::Cdev => state.cdev = state.cdev.saturating_sub(1),
+            Kind::Iommufd => state.iommufd = state.iommufd.saturating_sub(1),
             Kind::Container => {
                 // The file cannot have gone: this kept it.
                 if let Some(open) = &mut state.open {
-                    open.kept -= 1;
+                    open.kept = open.kept.saturating_sub(1);
                 }
             }
         }

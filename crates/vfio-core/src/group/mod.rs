@@ -9,7 +9,7 @@
 //!              └─ find_device, open_by_group ─┴─► DeviceFile ── session ── Lease
 //! ```
 //!
-//! What excludes what is a count with a guard: a [`Lease`] is held by each session of a device of
+//! What excludes what is a count with a guard: a lease is held by each session of a device of
 //! the group and given back after the last close. A device that is open through a container keeps
 //! the group *file*, as in the kernel: closing its descriptor leaves the group busy. One that is
 //! open through an iommufd does not. One that is bound through its own node keeps the group from
@@ -43,11 +43,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a caller who finds the group busy waits for the end of a close that may have begun. In
-/// the kernel `close()` returns when all is done; a transport may hear of it later.
-const CLOSING: Duration = Duration::from_millis(100);
-
-/// So many may wait like that for one group. The others get `EBUSY` at once.
+/// So many may wait for the end of a close that may have begun (`Config::close_grace`). The others get `EBUSY` at once.
 const WAITERS: u32 = 4;
 
 static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -63,6 +59,7 @@ pub struct Group {
     kind: GroupType,
     id: u32,
     minor: Index,
+    close_grace: Duration,
     /// In the order of their register.
     devices: Mutex<Vec<Device>>,
     state: Mutex<State>,
@@ -118,12 +115,13 @@ impl fmt::Debug for Group {
 }
 
 impl Group {
-    fn new(iommu: &Arc<IommuGroup>, kind: GroupType, minor: Index) -> Group {
+    fn new(iommu: &Arc<IommuGroup>, kind: GroupType, minor: Index, close_grace: Duration) -> Group {
         Group {
             serial: next(),
             kind,
             id: iommu.id(),
             minor,
+            close_grace,
             devices: Mutex::default(),
             state: Mutex::new(State {
                 iommu: Some(Arc::clone(iommu)),
@@ -235,7 +233,7 @@ impl Group {
             return state;
         }
         state.waiters += 1;
-        let end = Instant::now() + CLOSING;
+        let end = Instant::now() + self.close_grace;
         loop {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() || free(&state) {

@@ -6,6 +6,7 @@ use crate::device::GroupType;
 use crate::index::{IndexPool, MINOR_MASK};
 use crate::model::IommuGroup;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 /// Groups by minor. The lock is the kernel's `vfio.group_lock`: finding, making and ending a group
 /// exclude each other.
@@ -13,18 +14,18 @@ use std::sync::{Arc, PoisonError, RwLock};
 pub(crate) struct Groups {
     minors: IndexPool,
     table: RwLock<Vec<Option<Arc<Group>>>>,
-}
-
-impl Default for Groups {
-    fn default() -> Groups {
-        Groups {
-            minors: IndexPool::new(0, MINOR_MASK),
-            table: RwLock::default(),
-        }
-    }
+    close_grace: Duration,
 }
 
 impl Groups {
+    pub(crate) fn new(close_grace: Duration) -> Groups {
+        Groups {
+            minors: IndexPool::new(0, MINOR_MASK),
+            table: RwLock::default(),
+            close_grace,
+        }
+    }
+
     /// One more device of the IOMMU group is registered (`vfio_group_find_or_alloc`,
     /// `vfio_create_group`). True with it if the group is new. `ENOSPC` when all minors are taken.
     pub(crate) fn join(
@@ -39,7 +40,7 @@ impl Groups {
         }
         let minor = self.minors.take()?;
         let at = minor.get() as usize;
-        let group = Arc::new(Group::new(iommu, kind, minor));
+        let group = Arc::new(Group::new(iommu, kind, minor, self.close_grace));
         if table.len() <= at {
             table.resize(at + 1, None);
         }

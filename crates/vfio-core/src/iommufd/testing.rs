@@ -21,10 +21,12 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 pub(crate) const PAGE: u64 = 4096;
 
-/// This thread as a client. Its descriptors for contexts are what [`Us::context`] gave out.
+/// This thread as a client. Its descriptors for contexts are what [`Us::context`] gave out, for other
+/// files what [`Us::number`] did.
 #[derive(Default)]
 pub(crate) struct Us {
     contexts: Mutex<HashMap<i32, Arc<Iommufd>>>,
+    files: Mutex<HashMap<i32, FileObject>>,
     powerless: AtomicBool,
 }
 
@@ -36,6 +38,14 @@ impl Us {
         let context = Iommufd::new();
         contexts.insert(fd, Arc::clone(&context));
         (fd, context)
+    }
+
+    /// A number for an open file of any kind.
+    pub(crate) fn number(&self, file: FileObject) -> i32 {
+        let mut files = self.files.lock().unwrap();
+        let fd = 100_000 + i32::try_from(files.len()).unwrap();
+        files.insert(fd, file);
+        fd
     }
 
     /// Has no capabilities from now on.
@@ -71,6 +81,12 @@ impl Caller for Us {
         self.thread().get_fd(fd)
     }
     fn file(&self, fd: i32) -> Result<FileObject> {
+        if fd < 0 {
+            return Err(Errno::BADF);
+        }
+        if let Some(file) = self.files.lock().unwrap().get(&fd) {
+            return Ok(file.clone());
+        }
         let contexts = self.contexts.lock().unwrap();
         Ok(match contexts.get(&fd) {
             Some(context) => FileObject::Iommufd(Arc::clone(context)),
