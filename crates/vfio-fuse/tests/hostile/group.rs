@@ -7,14 +7,14 @@ use crate::uapi::*;
 use std::sync::atomic::Ordering;
 
 /// A device opened by its group, and what it is opened with.
-struct ByGroup {
-    container: u64,
-    group: u64,
-    device: u64,
+pub struct ByGroup {
+    pub container: u64,
+    pub group: u64,
+    pub device: u64,
 }
 
 /// The whole way of a client under a supervisor: container, group, device.
-fn by_group(host: &Host, c: &Client, n: u32, name: &[u8]) -> Result<ByGroup, i32> {
+pub fn by_group(host: &Host, c: &Client, n: u32, name: &[u8]) -> Result<ByGroup, i32> {
     let container = c.open(&host.container())?;
     let group = c.open(&host.group(n))?;
     c.set_container(group, container)?;
@@ -27,7 +27,7 @@ fn by_group(host: &Host, c: &Client, n: u32, name: &[u8]) -> Result<ByGroup, i32
     })
 }
 
-fn open_found(host: &Host, c: &Client, group: u64, name: &[u8]) -> Outcome {
+pub fn open_found(host: &Host, c: &Client, group: u64, name: &[u8]) -> Outcome {
     let mut terminated = name.to_vec();
     terminated.push(0);
     let index = c.ioctl_name(group, FIND_DEVICE, &terminated)?;
@@ -41,7 +41,7 @@ fn open_found(host: &Host, c: &Client, group: u64, name: &[u8]) -> Outcome {
     }
 }
 
-fn dma_read(c: &Client, device: u64, iova: u64) -> Result<u64, i32> {
+pub fn dma_read(c: &Client, device: u64, iova: u64) -> Result<u64, i32> {
     let at = c.region(device, 0)?.2;
     c.pwrite(device, at + DMA_READ, &iova.to_ne_bytes())?;
     let value = c.pread(device, at + VALUE, 8)?;

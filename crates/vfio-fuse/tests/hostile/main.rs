@@ -15,6 +15,7 @@ mod context;
 mod dma;
 mod eventfd;
 mod group;
+mod group_life;
 mod kill;
 mod mapping;
 mod order;
