@@ -156,11 +156,10 @@ impl Supervisor {
             return Err(Errno::NOTTY);
         }
         let rdev = if open {
-            self.nodes.char_device(file.as_fd())
+            self.nodes.char_device(file.as_fd())?
         } else {
-            Err(Errno::BADF)
+            self.nodes.char_device_by_name(&file)?
         };
-        let rdev = rdev.or_else(|_| self.nodes.char_device_by_name(&file))?;
         let answer = match stat.statx {
             Some(mask) => Statx::of(file.as_fd(), stat.flags, mask)?
                 .into_char_device(rdev)

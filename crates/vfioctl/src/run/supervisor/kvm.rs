@@ -70,9 +70,6 @@ impl Kvm {
         if create.kind != KVM_DEV_TYPE_VFIO || *self.has_vfio.get_or_init(sys::kvm_has_vfio) {
             return Ok(Outcome::LetThrough);
         }
-        if create.flags & !KVM_CREATE_DEVICE_TEST != 0 {
-            return Err(Errno::INVAL);
-        }
         if create.flags & KVM_CREATE_DEVICE_TEST != 0 {
             return Ok(Outcome::Result(0));
         }
@@ -136,4 +133,124 @@ fn names(caller: Caller, fd: u64, text: &str) -> bool {
     let fd = fd as i32;
     let path = format!("/proc/{}/fd/{fd}", caller.tid().as_raw_nonzero());
     readlinkat(CWD, path, Vec::new()).is_ok_and(|link| link.as_bytes() == text.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(unsafe_code, reason = "ioctls of a virtual machine's monitor")]
+
+    use super::super::nodes;
+    use super::super::pool::Handler;
+    use super::*;
+    use rustix::fd::{AsRawFd, FromRawFd};
+    use std::path::Path;
+    use std::sync::Arc;
+
+    fn ioctl<T>(fd: i32, word: u32, arg: &mut T) -> Result<i32, Errno> {
+        // SAFETY: the commands read and write this structure; its address is no address to KVM_CREATE_VM
+        // on a descriptor that is not KVM's.
+        let result = unsafe { libc::ioctl(fd, word.into(), std::ptr::from_mut(arg)) };
+        match result {
+            -1 => Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap()),
+            value => Ok(value),
+        }
+    }
+
+    /// A virtual machine, if one can be made.
+    fn machine() -> Option<OwnedFd> {
+        let kvm = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .ok()?;
+        // SAFETY: KVM_CREATE_VM takes a number and returns a new descriptor.
+        unsafe {
+            let vm = libc::ioctl(kvm.as_raw_fd(), 0xae01, 0);
+            (vm >= 0).then(|| OwnedFd::from_raw_fd(vm))
+        }
+    }
+
+    /// What a monitor sees where the kernel's KVM knows no VFIO.
+    fn monitor(vm: &OwnedFd, other: i32) {
+        let vm = vm.as_raw_fd();
+        let mut create = KvmCreateDevice {
+            kind: KVM_DEV_TYPE_VFIO,
+            fd: 77,
+            flags: KVM_CREATE_DEVICE_TEST,
+        };
+        assert_eq!(ioctl(vm, KVM_CREATE_DEVICE, &mut create), Ok(0));
+        assert_eq!(create.fd, 77, "a test makes none");
+        create.flags = 0;
+        assert_eq!(ioctl(vm, KVM_CREATE_DEVICE, &mut create), Ok(0));
+        let device = create.fd.cast_signed();
+        assert!(device > 2 && device != 77);
+        create.kind = 1000;
+        assert_eq!(
+            ioctl(vm, KVM_CREATE_DEVICE, &mut create),
+            Err(Errno::NODEV),
+            "the kernel's answer"
+        );
+        let attribute = |word, group, attr, number: i32| {
+            let mut attr = KvmDeviceAttr {
+                flags: 0,
+                group,
+                attr,
+                addr: &raw const number as u64,
+            };
+            ioctl(device, word, &mut attr)
+        };
+        let (has, set) = (KVM_HAS_DEVICE_ATTR, KVM_SET_DEVICE_ATTR);
+        assert_eq!(attribute(has, KVM_DEV_VFIO_FILE, 1, 0), Ok(0));
+        assert_eq!(attribute(has, KVM_DEV_VFIO_FILE, 3, 0), Err(Errno::NXIO));
+        assert_eq!(attribute(has, 2, 1, 0), Err(Errno::NXIO));
+        // `other` is on a file system that counts as ours here, standard input is not.
+        for (number, result) in [
+            (other, Ok(0)),
+            (0, Err(Errno::INVAL)),
+            (-1, Err(Errno::BADF)),
+        ] {
+            assert_eq!(attribute(set, KVM_DEV_VFIO_FILE, 1, number), result);
+            assert_eq!(attribute(set, KVM_DEV_VFIO_FILE, 2, number), result);
+        }
+        assert_eq!(attribute(set, 2, 1, 0), Err(Errno::NXIO));
+        // SAFETY: it is this thread's.
+        drop(unsafe { OwnedFd::from_raw_fd(device) });
+    }
+
+    #[test]
+    fn without_vfio_in_the_kernel_a_file_stands_for_its_device() {
+        let Some(vm) = machine() else {
+            vfiod_tests::skip("no virtual machine can be made here (/dev/kvm)");
+            return;
+        };
+        let anywhere = Path::new("/proc");
+        let nodes = nodes::Nodes::new(anywhere, anywhere).unwrap();
+        let file = rustix::fs::memfd_create("ours", MemfdFlags::CLOEXEC).unwrap();
+        let id = super::super::task::FileId::at(&file, "").unwrap();
+        nodes.adopt(id.dev);
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let installed = super::super::calls::filter().install().unwrap();
+            sender.send(installed.listener).unwrap();
+            monitor(&vm, file.as_raw_fd());
+        });
+        let listener = Arc::new(receiver.recv().unwrap());
+        let supervisor = Supervisor {
+            listener: Arc::clone(&listener),
+            nodes,
+            kvm: Kvm {
+                has_vfio: OnceLock::from(false),
+            },
+            proc_dev: nodes::proc_dev().unwrap(),
+        };
+        loop {
+            match listener.recv() {
+                Ok(call) => supervisor.slow(&call),
+                Err(Errno::NOENT) if thread.is_finished() => break,
+                Err(Errno::NOENT | Errno::INTR) => {}
+                Err(errno) => panic!("{errno}"),
+            }
+        }
+        thread.join().unwrap();
+    }
 }

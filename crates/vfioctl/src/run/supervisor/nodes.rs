@@ -57,6 +57,12 @@ impl Nodes {
         Ok(nodes)
     }
 
+    /// Makes a file system count as ours that no mountinfo lists.
+    #[cfg(test)]
+    pub(super) fn adopt(&self, dev: Dev) {
+        self.lock().ours.insert(dev);
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Mounts> {
         self.mounts.lock().unwrap_or_else(PoisonError::into_inner)
     }
