@@ -229,6 +229,12 @@ pub(crate) fn tree(style: Style, tree: &Tree) -> String {
                     &format!("not usable: {} bound elsewhere", blocking.join(", ")),
                 ),
             ));
+        } else if group.open == Some(true) {
+            let details = match &group.node {
+                Some(node) => format!("{node}, open"),
+                None => "open".to_owned(),
+            };
+            rows.push((format!("group {}", group.id), details));
         }
     }
     let wide = rows
@@ -326,7 +332,13 @@ pub(crate) fn show(style: Style, show: &Show) -> String {
             } else {
                 format!(" ({})", extra.join(", "))
             };
-            line("group", format!("{}{extra}", group.id));
+            let node = group.node.as_ref().map(|node| format!(", {node}"));
+            let open = match group.open {
+                Some(true) => ", open",
+                _ => "",
+            };
+            let node = node.unwrap_or_default();
+            line("group", format!("{}{extra}{node}{open}", group.id));
             for member in &group.members {
                 let mark = if member.blocks {
                     style.paint("31", "  keeps the group from being used")

@@ -140,6 +140,9 @@ impl Sysfs {
             })
             .collect();
         Some(Group {
+            cdev: None,
+            node: None,
+            open: None,
             id,
             name: text(&dir.join("name")),
             domain: text(&dir.join("type")),

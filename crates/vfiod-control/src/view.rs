@@ -161,6 +161,16 @@ pub struct Group {
     /// Its `type` file: the domain type of a hardware group.
     #[serde(default, rename = "type", skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
+    /// `MAJOR:MINOR` of its char device, if VFIO has one for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cdev: Option<String>,
+    /// The node a program opens, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// True while the node is open, or a device that was opened through a container keeps it so;
+    /// absent when it cannot be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub open: Option<bool>,
     /// Everything in it.
     pub members: Vec<Member>,
 }

@@ -110,9 +110,13 @@ pub(crate) enum UnregisterWord {
 pub(crate) struct Nodes {
     /// Mode of `vfio/devices/vfioN`, in octal; 600 by default.
     pub(crate) mode: Option<Mode>,
+    /// Mode of `vfio/N`, the nodes of groups, in octal; that of devices by default.
+    pub(crate) group_mode: Option<Mode>,
+    /// Mode of `vfio/vfio`, in octal; 666 by default: a container is worth nothing without a group.
+    pub(crate) container_mode: Option<Mode>,
     /// Mode of `iommu`, in octal; 660 by default.
     pub(crate) iommu_mode: Option<Mode>,
-    /// Owner, by name or number; root by default.
+    /// Owner of all of them, by name or number; root by default.
     pub(crate) owner: Option<String>,
     /// Group, by name or number; root by default.
     pub(crate) group: Option<String>,
@@ -252,6 +256,8 @@ impl Config {
             nodes:
                 Nodes {
                     mode,
+                    group_mode,
+                    container_mode,
                     iommu_mode,
                     owner,
                     group,
@@ -267,6 +273,8 @@ impl Config {
         put(&mut self.stop_timeout, stop_timeout);
         put(&mut self.sysfs.unregister, unregister);
         put(&mut self.nodes.mode, mode);
+        put(&mut self.nodes.group_mode, group_mode);
+        put(&mut self.nodes.container_mode, container_mode);
         put(&mut self.nodes.iommu_mode, iommu_mode);
         put(&mut self.nodes.owner, owner);
         put(&mut self.nodes.group, group);
@@ -323,6 +331,8 @@ mod tests {
             unregister = 7
             [nodes]
             mode = "660"
+            group-mode = "640"
+            container-mode = "600"
             group = "kvm"
             [parents.serial]
             driver = "mtty"
@@ -336,6 +346,8 @@ mod tests {
         assert_eq!(config.cdev, Some(false));
         assert_eq!(config.request_interval.unwrap().0.as_millis(), 500);
         assert_eq!(config.nodes.mode, Some(Mode(0o660)));
+        assert_eq!(config.nodes.group_mode, Some(Mode(0o640)));
+        assert_eq!(config.nodes.container_mode, Some(Mode(0o600)));
         assert_eq!(
             config.sysfs.unregister,
             Some(Unregister::Seconds(Seconds(Duration::from_secs(7))))

@@ -1,7 +1,7 @@
 //! `vfiod serve`: puts everything together, and takes it apart again.
 
 use crate::calls::Server;
-use crate::config::{Config, Driver, Port, Seconds, Unregister, UnregisterWord};
+use crate::config::{self, Config, Driver, Port, Seconds, Unregister, UnregisterWord};
 use crate::control::Control;
 use crate::devices::Requests;
 use crate::{Serve, log, uevent};
@@ -295,22 +295,19 @@ fn mount_options(config: &Config, places: &Places) -> anyhow::Result<Options> {
     let uid = owner(&config.nodes.owner, "/etc/passwd")?;
     let gid = owner(&config.nodes.group, "/etc/group")?;
     let default = Options::under(&places.root);
+    let node = |mode: Option<config::Mode>, default: Owner| Owner {
+        uid,
+        gid,
+        mode: mode.map_or(default.mode, |mode| mode.0),
+    };
+    let nodes = &config.nodes;
     Ok(Options {
         dev: places.dev(),
         sys: places.sys(),
-        device: Owner {
-            uid,
-            gid,
-            mode: config.nodes.mode.map_or(default.device.mode, |mode| mode.0),
-        },
-        iommu: Owner {
-            uid,
-            gid,
-            mode: config
-                .nodes
-                .iommu_mode
-                .map_or(default.iommu.mode, |mode| mode.0),
-        },
+        device: node(nodes.mode, default.device),
+        group: node(nodes.group_mode.or(nodes.mode), default.group),
+        container: node(nodes.container_mode, default.container),
+        iommu: node(nodes.iommu_mode, default.iommu),
         ..default
     })
 }

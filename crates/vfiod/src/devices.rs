@@ -121,7 +121,11 @@ impl Look<'_> {
     /// The same, with those who hold each device now.
     pub(crate) fn all_with_holders(&self) -> Vec<Found> {
         let mut all = self.all();
-        let in_use = |found: &Found| found.view.users.is_some_and(|users| users > 0);
+        let in_use = |found: &Found| {
+            let group = found.vfio.as_ref().and_then(Device::vfio_group);
+            found.view.users.is_some_and(|users| users > 0)
+                || group.is_some_and(|group| group.opener().is_some())
+        };
         if all.iter().filter(|found| in_use(found)).count() <= LOOKED_AT {
             for found in all.iter_mut().filter(|found| in_use(found)) {
                 self.look_who(found);
@@ -137,6 +141,7 @@ impl Look<'_> {
         let holders = self.who(vfio);
         if let Some(pending) = &mut found.view.pending {
             pending.holders.clone_from(&holders);
+            pending.holders.retain(|holder| holder.via != Via::Group);
         }
         found.view.holders = Some(holders);
     }
@@ -217,7 +222,7 @@ impl Look<'_> {
     /// One unregister that waits, and for whom.
     pub(crate) fn pending_of(&self, waiting: &Waiting, device: &Device) -> Pending {
         Pending {
-            holders: self.who(device),
+            holders: self.users(device),
             ..self.pending_at(waiting, device)
         }
     }
@@ -245,15 +250,31 @@ impl Look<'_> {
         all
     }
 
-    /// Who holds it now: a look through /proc, completed by what is known of the opens.
+    /// Who holds it or its group now. A group's file keeps others out, but no unregister waits for it.
     pub(crate) fn who(&self, device: &Device) -> Vec<Holder> {
+        let mut list = self.users(device);
+        if let Some(group) = device.vfio_group().filter(|group| group.opener().is_some())
+            && let Some(file) = self
+                .mounts
+                .and_then(|mounts| mounts.dev().group_file_id(&group))
+        {
+            for holder in holders(&[file], &ourselves()) {
+                let holder = seen(holder, Via::Group);
+                if !list.iter().any(|other| other.pid == holder.pid) {
+                    list.push(holder);
+                }
+            }
+        }
+        list
+    }
+
+    /// Who holds it now: a look through /proc, completed by what is known of the opens.
+    fn users(&self, device: &Device) -> Vec<Holder> {
         let opened = openers(device);
         let Some(mounts) = self.mounts else {
             return opened;
         };
-        let except: Vec<Pid> = Pid::from_raw(i32::try_from(std::process::id()).unwrap_or(0))
-            .into_iter()
-            .collect();
+        let except = ourselves();
         let files = mounts.dev().file_ids(device);
         let mut list: Vec<Holder> = holders(&files, &except)
             .into_iter()
@@ -318,9 +339,32 @@ impl Look<'_> {
                 })
                 .collect();
         }
-        show.group = found.bus_device.iommu_group().as_deref().map(group);
+        show.group = found
+            .bus_device
+            .iommu_group()
+            .map(|group| self.group(&group));
         show.device = found.view;
         show
+    }
+
+    fn group(&self, group: &IommuGroup) -> Group {
+        let vfio = group.vfio();
+        let number = |vfio: &Arc<vfio_core::group::Group>| {
+            format!("{}:{}", self.core.config().group_major, vfio.minor())
+        };
+        let node = vfio.as_ref().filter(|_| self.mounts.is_some());
+        Group {
+            id: group.id(),
+            name: group.name().map(str::to_owned),
+            domain: None,
+            cdev: vfio.as_ref().map(number),
+            node: node.map(|vfio| {
+                let node = self.dev.join("vfio").join(vfio.name());
+                node.to_string_lossy().into_owned()
+            }),
+            open: vfio.as_ref().map(|vfio| vfio.opener().is_some()),
+            members: members(group),
+        }
     }
 
     /// What mediated devices can be made of.
@@ -349,7 +393,7 @@ impl Look<'_> {
         Tree {
             parents: self.parents(),
             devices: devices.into_iter().map(|found| found.view).collect(),
-            groups: groups.iter().map(|one| group(one)).collect(),
+            groups: groups.iter().map(|one| self.group(one)).collect(),
         }
     }
 }
@@ -373,20 +417,32 @@ fn types(parent: &Arc<mdev::Parent>) -> Vec<MdevType> {
         .collect()
 }
 
-fn group(group: &IommuGroup) -> Group {
-    Group {
-        id: group.id(),
-        name: group.name().map(str::to_owned),
-        domain: None,
-        members: group
-            .devices()
-            .iter()
-            .map(|device| Member {
-                address: device.name().to_owned(),
-                driver: device.driver().map(|driver| driver.name().to_owned()),
-                blocks: false,
-            })
-            .collect(),
+/// Whom a scan leaves out.
+fn ourselves() -> Vec<Pid> {
+    let own = i32::try_from(std::process::id()).unwrap_or(0);
+    Pid::from_raw(own).into_iter().collect()
+}
+
+/// The members of a group.
+fn members(group: &IommuGroup) -> Vec<Member> {
+    let member = |device: &Arc<BusDevice>| Member {
+        address: device.name().to_owned(),
+        driver: device.driver().map(|driver| driver.name().to_owned()),
+        blocks: false,
+    };
+    group.devices().iter().map(member).collect()
+}
+
+/// A process that a scan found.
+fn seen(holder: client_process::Holder, via: Via) -> Holder {
+    Holder {
+        pid: holder.pid.as_raw_nonzero().get().unsigned_abs(),
+        command: holder.comm.to_string_lossy().into_owned(),
+        since_us: micros(holder.since),
+        since_open: false,
+        fds: holder.fds,
+        mapped_bytes: holder.mapped_bytes,
+        via,
     }
 }
 

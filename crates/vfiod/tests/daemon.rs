@@ -97,6 +97,88 @@ fn unbind_and_bind() {
 }
 
 #[test]
+fn a_group_is_held() {
+    let daemon = Daemon::start();
+    let uuid = daemon.card();
+    let show = daemon.json(&["show", "vfio0"])["show"].clone();
+    let number = show["group"]["id"].as_u64().unwrap();
+    let node = daemon.path(&format!("dev/vfio/{number}"));
+    assert_eq!(show["group"]["open"], false);
+    assert_eq!(show["group"]["node"], node.to_str().unwrap());
+    let dev = daemon.path(&format!("sys/class/vfio/{number}/dev"));
+    let text = std::fs::read_to_string(dev).unwrap();
+    assert_eq!(show["group"]["cdev"], text.trim_end());
+    let held = holder(&node);
+    let who = daemon.json(&["who", "vfio0"]);
+    assert_eq!(who["holders"][0]["pid"], held.0.id());
+    assert_eq!(who["holders"][0]["via"], "group");
+    for (args, says) in [
+        (&["who", &uuid][..], "group fd 0".to_owned()),
+        (&["list"], format!("sleep({}) by its group", held.0.id())),
+        (&["tree"], format!("group {number}")),
+        (&["show", "vfio0"], format!("{}, open", node.display())),
+    ] {
+        let text = daemon.text(args);
+        assert!(text.contains(&says), "{args:?}: {text}");
+    }
+    // Nobody waits for it.
+    daemon.text(&["unbind", "vfio0", "--timeout", "60"]);
+    drop(held);
+    daemon.text(&["bind", &uuid]);
+    assert_eq!(
+        daemon.json(&["show", "vfio0"])["show"]["group"]["open"],
+        false
+    );
+}
+
+#[test]
+fn a_program_without_a_supervisor_is_told_once() {
+    let mut daemon = Daemon::start();
+    let uuid = daemon.card();
+    let show = daemon.json(&["show", "vfio0"])["show"].clone();
+    let group = daemon.path(&format!("dev/vfio/{}", show["group"]["id"]));
+    // GET_DEVICE_FD, twice.
+    let script = "open(my $g, '+<', $ARGV[0]) or die; my $name = \"$ARGV[1]\\0\"; \
+                  for (1, 2) { defined(ioctl($g, 0x3b6a, $name)) or print $!+0, ' '; }";
+    let ask = || {
+        let mut command = Command::new("perl");
+        let command = command.args(["-e", script]).arg(&group).arg(&uuid);
+        String::from_utf8(command.output().unwrap().stdout).unwrap()
+    };
+    assert_eq!(ask(), "95 95 ", "EOPNOTSUPP");
+    let line = daemon.expect_log("VFIO_GROUP_GET_DEVICE_FD");
+    assert!(
+        line.contains("run it with: vfioctl run -- perl -e"),
+        "{line}"
+    );
+    // The next line of that kind is another process's.
+    assert_eq!(ask(), "95 95 ");
+    let next = daemon.expect_log("VFIO_GROUP_GET_DEVICE_FD");
+    let pid = |line: &str| {
+        line.split("(pid ")
+            .nth(1)
+            .map(|rest| rest.split(')').next().unwrap().to_owned())
+    };
+    assert_ne!(pid(&line).unwrap(), pid(&next).unwrap());
+}
+
+#[test]
+fn modes_of_nodes() {
+    use std::os::unix::fs::MetadataExt;
+    let daemon = Daemon::with_config("[nodes]\nmode = \"660\"\ncontainer-mode = \"600\"\n");
+    daemon.card();
+    let show = daemon.json(&["show", "vfio0"])["show"].clone();
+    let mode = |path: &str| {
+        let path = daemon.path(&format!("dev/{path}"));
+        std::fs::metadata(path).unwrap().mode() & 0o777
+    };
+    assert_eq!(mode("vfio/devices/vfio0"), 0o660);
+    assert_eq!(mode(&format!("vfio/{}", show["group"]["id"])), 0o660);
+    assert_eq!(mode("vfio/vfio"), 0o600);
+    assert_eq!(mode("iommu"), 0o660);
+}
+
+#[test]
 fn who_names_the_holder_and_not_the_opener() {
     let daemon = Daemon::start();
     daemon.card();
