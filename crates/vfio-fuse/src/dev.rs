@@ -241,12 +241,17 @@ impl Tree {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The device behind a name in `devices`: there only with char devices on.
+    /// The device behind a name in `devices`. With char devices off none is listed, and nobody but
+    /// root opens one by its name: a supervisor does, for those who come by a group.
     fn device(&self, name: &OsStr) -> Option<Device> {
-        if !self.core.config().cdev {
-            return None;
-        }
         self.core.device_by_name(name.to_str()?)
+    }
+
+    fn device_owner(&self) -> Owner {
+        match self.core.config().cdev {
+            true => self.device,
+            false => Owner::root(0),
+        }
     }
 
     fn lookup(&self, parent: u64, name: &OsStr, reply: ReplyEntry) {
@@ -290,7 +295,7 @@ impl Tree {
                     let id = ino(device.serial());
                     let mut nodes = self.nodes();
                     let known = nodes.entry(id).or_insert_with(|| Known {
-                        node: Arc::new(Node::new(&self.shared, &device, self.device)),
+                        node: Arc::new(Node::new(&self.shared, &device, self.device_owner())),
                         through: Arc::new(Through::new(self.connection.get())),
                         lookups: 0,
                     });
@@ -347,10 +352,10 @@ impl Tree {
                 (IOMMU, FileType::RegularFile, "iommu".into()),
             ],
             VFIO => {
-                let mut names = vec![
-                    (DEVICES, FileType::Directory, "devices".into()),
-                    (CONTAINER, FileType::RegularFile, "vfio".into()),
-                ];
+                let mut names = vec![(CONTAINER, FileType::RegularFile, "vfio".into())];
+                if self.core.config().cdev {
+                    names.push((DEVICES, FileType::Directory, "devices".into()));
+                }
                 names.extend(self.core.groups().iter().map(|group| {
                     let node = GROUP + group.serial();
                     (node, FileType::RegularFile, group.name())

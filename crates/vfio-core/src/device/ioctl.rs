@@ -61,6 +61,15 @@ impl DeviceFile {
     /// `VFIO_DEVICE_BIND_IOMMUFD`, checks in the order of `vfio_df_ioctl_bind_iommufd`.
     fn bind(&self, arg: u64, caller: &dyn Caller) -> Result {
         const MIN: usize = 16;
+        if let Some(device) = self.device()
+            && !device.head().core.config().cdev
+        {
+            // A kernel without char devices has no such command; its drivers do not know it.
+            return Err(match self.is_bound() {
+                true => Errno::NOTTY,
+                false => Errno::INVAL,
+            });
+        }
         let (mut bind, size) = iommufd::read::<BindIommufd, _>(caller, arg, MIN)?;
         if bind.iommufd < 0 || !(bind.flags - BindFlags::TOKEN).is_empty() {
             return Err(Errno::INVAL);

@@ -210,12 +210,16 @@ pub struct Host {
 impl Host {
     /// `None`, said loudly, where FUSE cannot be mounted.
     pub fn new(test: &str, change: impl FnOnce(&mut Options)) -> Option<Host> {
+        Host::with(test, Config::default(), change)
+    }
+
+    pub fn with(test: &str, config: Config, change: impl FnOnce(&mut Options)) -> Option<Host> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let dir = std::env::temp_dir().join(format!("vfio-fuse-{}-{n}", std::process::id()));
         let core = Core::new(Config {
             request_interval: Duration::from_millis(10),
-            ..Config::default()
+            ..config
         });
         let mut options = Options::under(&dir);
         change(&mut options);

@@ -5,6 +5,7 @@ use crate::common::{DMA_READ, Host, VALUE};
 use crate::scene::{Bystander, alone, host};
 use crate::uapi::*;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 /// A device opened by its group, and what it is opened with.
 pub struct ByGroup {
@@ -274,6 +275,87 @@ fn names_that_are_no_devices() {
             Err(libc::EBADFD),
             "a directory of ours"
         );
+        beside.end();
+    });
+}
+
+/// A daemon without char devices, as the series itself was: groups are the only way.
+#[test]
+fn by_group_only() {
+    alone!("by_group_only", || {
+        let config = vfio_core::Config {
+            cdev: false,
+            ..vfio_core::Config::default()
+        };
+        let Some(host) = Host::with("by_group_only", config, |_| {}) else {
+            return;
+        };
+        let (_device, _) = host.device("one");
+        let mut names: Vec<_> = std::fs::read_dir(host.dir.join("dev/vfio"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        names.sort();
+        assert_eq!(names, ["0", "vfio"]);
+        let devices = host.dir.join("dev/vfio/devices");
+        assert_eq!(std::fs::read_dir(devices).unwrap().count(), 0);
+        let c = Client::start();
+        let s = by_group(&host, &c, 0, b"one").unwrap();
+        assert!(c.region(s.device, 0).is_ok());
+        let iommufd = c.open(&host.iommu()).unwrap();
+        assert_eq!(c.bind(s.device, iommufd), Err(libc::ENOTTY));
+        for fd in [s.device, s.group, s.container] {
+            c.close(fd);
+        }
+        // Who opens it by its name can do nothing with it.
+        let device = c.open(&host.node(0)).unwrap();
+        assert_eq!(c.bind(device, iommufd), Err(libc::EINVAL));
+        let mode = |c: &Client| c.sys(libc::SYS_setuid, &[65534]);
+        assert_eq!(mode(&c), Ok(0));
+        assert_eq!(c.open(&host.node(0)), Err(libc::EACCES));
+    });
+}
+
+/// Memory that never answers, as the argument of a group's commands: the client is told in time, and
+/// the others go on.
+#[test]
+fn arguments_that_never_answer() {
+    alone!("arguments_that_never_answer", || {
+        let deadline = Duration::from_millis(400);
+        let host = Host::new("arguments_that_never_answer", |options| {
+            options.ioctl_deadline = deadline;
+        });
+        let Some(host) = host else { return };
+        let (_device, _) = host.device("one");
+        let beside = Bystander::start(&host);
+        let c = Client::start();
+        let s = by_group(&host, &c, 0, b"one").unwrap();
+        let Some(silent) = crate::silent::userfault(&c, 65536) else {
+            return;
+        };
+        let device = c.open(&host.node(0)).unwrap();
+        for (fd, cmd) in [
+            (s.group, GROUP_STATUS),
+            (s.group, SET_CONTAINER),
+            (s.group, FIND_DEVICE),
+            (s.group, WHAT),
+            (device, OPEN_DEVICE),
+            (s.container, MAP_DMA),
+        ] {
+            c.start_sys(libc::SYS_ioctl, &[fd, cmd.into(), silent, 0]);
+            beside.goes_on();
+            let end = c.finish(Duration::from_secs(20));
+            assert!(
+                matches!(end, Some(Err(libc::ETIMEDOUT | libc::EFAULT))),
+                "{cmd:x}: {end:?}"
+            );
+        }
+        // The group is nobody's but his, and works.
+        assert_eq!(c.group_status(s.group), Ok(3));
+        let other = Client::start();
+        assert_eq!(other.open(&host.group(0)), Err(libc::EBUSY));
+        c.kill();
+        crate::common::until("the group is free", || other.open(&host.group(0)).is_ok());
         beside.end();
     });
 }

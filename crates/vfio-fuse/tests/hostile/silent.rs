@@ -20,7 +20,7 @@ fn host(test: &str) -> Option<Host> {
 }
 
 /// Memory whose missing pages are asked of a userfaultfd that nobody reads.
-fn userfault(c: &Client, len: u64) -> Option<u64> {
+pub fn userfault(c: &Client, len: u64) -> Option<u64> {
     let flags = libc::O_CLOEXEC as u64;
     let uffd = match c.sys(libc::SYS_userfaultfd, &[flags]) {
         Ok(uffd) => uffd,

@@ -1,8 +1,14 @@
 //! One test a table.
 
 use super::*;
-use crate::device::{GroupType, Life};
+use crate::device::{
+    DeviceInfo, DeviceOps, GroupType, InitCx, IrqInfo, Life, OpenCx, RegionInfo, RegionPos,
+    UnregisteredDevice,
+};
+use crate::irq::SetIrqs;
+use crate::model::BusDevice;
 use std::sync::atomic::Ordering;
+use vfio_uapi::device::InfoFlags;
 use vfio_uapi::ioctl::{VFIO_DEVICE_ATTACH_IOMMUFD_PT, VFIO_DEVICE_DETACH_IOMMUFD_PT};
 
 #[test]
@@ -420,4 +426,113 @@ fn who_waits_for_a_close_and_for_how_long() {
         assert_eq!(opener.join().unwrap(), Err(Errno::BUSY));
     }
     again.release();
+}
+
+/// A driver that reads the name itself, and may not open.
+struct Picky {
+    name: &'static [u8],
+    open: Result,
+}
+
+impl DeviceOps for Picky {
+    const NAME: &'static str = "picky";
+    type Args = (&'static [u8], Result);
+    type Session = ();
+
+    fn init(_cx: &InitCx<'_>, (name, open): Self::Args) -> Result<Self> {
+        Ok(Picky { name, open })
+    }
+    fn open(&self, _cx: &OpenCx<'_>) -> Result<()> {
+        self.open
+    }
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            flags: InfoFlags::PCI,
+            num_regions: 0,
+            num_irqs: 0,
+        }
+    }
+    fn region(&self, _index: u32) -> Result<RegionInfo> {
+        Err(Errno::INVAL)
+    }
+    fn irq(&self, _index: u32) -> Result<IrqInfo> {
+        Err(Errno::INVAL)
+    }
+    fn read(&self, (): &(), _at: RegionPos, _buf: &mut [u8]) -> Result<usize> {
+        Err(Errno::INVAL)
+    }
+    fn write(&self, (): &(), _at: RegionPos, _data: &[u8]) -> Result<usize> {
+        Err(Errno::INVAL)
+    }
+    fn set_irqs(&self, (): &(), _request: SetIrqs<'_>) -> Result<u32> {
+        Err(Errno::NOTTY)
+    }
+    fn matches(&self, _parent: &str, name: &[u8]) -> Result<bool> {
+        assert_ne!(name, b"panic", "the test asked for a panic");
+        match name.strip_prefix(self.name) {
+            Some(b"") => Ok(true),
+            Some(b" vf_token=1") => Err(Errno::ACCESS),
+            _ => Ok(false),
+        }
+    }
+}
+
+fn picky(
+    world: &World,
+    parent: &str,
+    iommu: &Arc<IommuGroup>,
+    args: (&'static [u8], Result),
+) -> Registration {
+    let parent = BusDevice::new("/devices/virtual/test", parent, None);
+    parent.join_iommu_group(iommu).unwrap();
+    let made = UnregisteredDevice::<Picky>::alloc(&world.core, &parent, args).unwrap();
+    made.register(GroupType::Physical)
+        .map_err(|(_, errno)| errno)
+        .unwrap()
+}
+
+#[test]
+fn a_driver_says_which_name_is_its_own() {
+    let world = World::new();
+    let iommu = world.hardware();
+    let one = picky(&world, "one", &iommu, (b"alpha", Ok(())));
+    let two = picky(&world, "two", &iommu, (b"beta", Err(Errno::IO)));
+    let group = one.device().vfio_group().unwrap();
+    let (file, _container) = in_container(&world, &group);
+    let find = |name: &[u8]| file.find_device(name).map(|device| device.index());
+    assert_eq!(find(b"alpha"), Ok(0));
+    assert_eq!(find(b"beta"), Ok(1));
+    assert_eq!(
+        find(b"one"),
+        Err(Errno::NODEV),
+        "the parent's name is not asked"
+    );
+    // An errno ends the search, as a wrong token does.
+    assert_eq!(find(b"beta vf_token=1"), Err(Errno::ACCESS));
+    assert_eq!(find(b"alpha vf_token=1"), Err(Errno::ACCESS));
+    // The driver's open fails: nothing is kept.
+    assert_eq!(world.open_device(&file, "beta").unwrap_err(), Errno::IO);
+    assert_eq!(group.opened_devices(), (0, 0));
+    assert_eq!(two.device().users(), 0);
+    assert_eq!(world.unset_container(&file), Ok(0));
+    // A panic is that device's end, and nobody else's.
+    assert_eq!(find(b"panic"), Err(Errno::NODEV));
+    assert_eq!(two.device().life(), Life::Dead);
+    assert_eq!(find(b"alpha"), Ok(0));
+    assert_eq!(find(b"beta"), Err(Errno::NODEV), "dead");
+}
+
+#[test]
+fn one_group_for_all_of_an_iommu_group() {
+    let pool = crate::group::Groups::new(Duration::ZERO);
+    let groups = crate::model::IommuGroups::new(0);
+    let iommu = groups.create(None).unwrap();
+    let (group, is_new) = pool.join(&iommu, GroupType::Physical).unwrap();
+    assert!(is_new);
+    let (same, is_new) = pool.join(&iommu, GroupType::Physical).unwrap();
+    assert!(!is_new && Arc::ptr_eq(&group, &same));
+    assert!(!pool.leave(&group));
+    assert!(pool.by_minor(0).is_some());
+    assert!(pool.leave(&group));
+    assert!(pool.by_minor(0).is_none() && pool.all().is_empty());
 }
