@@ -4,7 +4,7 @@
 use super::dirty::Dirty;
 use crate::device::{GroupType, WeakDevice};
 use crate::dma::{
-    Area, Held, Prot, Quota, Space, Ticket, check_reach, hold, length, page_size, without,
+    Area, Held, Prot, Quota, Space, Ticket, check_reach, hold, length, page_sizes, without,
 };
 use crate::model::{IommuGroup, ReservedKind};
 use crate::{Errno, Result};
@@ -16,9 +16,6 @@ use std::sync::{
 };
 use std::time::Instant;
 use vfio_uapi::caps::IovaRange;
-
-/// What an IOMMU of this machine's kind could map at once, besides pages.
-const LARGE_PAGES: u64 = (2 << 20) | (1 << 30);
 
 /// Which of the two type1 interfaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,12 +129,9 @@ impl Type1 {
         u32::try_from(self.quota.left()).unwrap_or(u32::MAX)
     }
 
-    /// One bit per size that a mapping may have: all from a page on without hardware.
+    /// See [`page_sizes`].
     pub(super) fn page_sizes(&self) -> u64 {
-        match self.read().has(GroupType::Physical) {
-            true => page_size() | LARGE_PAGES,
-            false => !(page_size() - 1),
-        }
+        page_sizes(self.read().has(GroupType::Physical))
     }
 
     /// What may be mapped; `None` while there are only software devices, which can use anything.

@@ -119,6 +119,15 @@ impl Area {
         }
     }
 
+    /// Two areas that together are this one, the first with `len` bytes. `ENOMEM` if there may be
+    /// no more.
+    pub(crate) fn split(&self, len: u64, quota: &Arc<Quota>) -> Result<(Area, Area)> {
+        let upper = self.source.advanced(len)?;
+        let second = Ticket::take(quota).ok_or(Errno::NOMEM)?;
+        let lower = self.moved(self.source.advanced(0)?);
+        Ok((lower, Area::new(upper, self.prot, self.writable, second)))
+    }
+
     pub(crate) fn source(&self) -> &Source {
         &self.source
     }

@@ -28,6 +28,16 @@ pub(crate) fn page_size() -> u64 {
     rustix::param::page_size() as u64
 }
 
+/// One bit per size that a mapping may have: all from a page on without hardware, and with it what
+/// the IOMMU of such a machine could map at once.
+pub(crate) fn page_sizes(hardware: bool) -> u64 {
+    const LARGE: u64 = (2 << 20) | (1 << 30);
+    match hardware {
+        true => page_size() | LARGE,
+        false => !(page_size() - 1),
+    }
+}
+
 /// No mapping covers all 2^64 addresses, so the length fits.
 pub(crate) fn length(range: Range) -> u64 {
     range.len().unwrap_or(u64::MAX)

@@ -35,7 +35,7 @@ impl Drop for GroupFile {
 /// How a device of the group is opened.
 pub(crate) enum Way {
     Container(Arc<crate::container::Attached>),
-    Iommufd(Arc<crate::iommufd::Iommufd>),
+    Iommufd(Arc<crate::iommufd::Joined>),
 }
 
 impl Way {
@@ -43,7 +43,7 @@ impl Way {
     pub(crate) fn open(&self, device: &Device) -> Result<Box<dyn Binding>> {
         match self {
             Way::Container(attached) => attached.open(device),
-            Way::Iommufd(context) => context.compat_open(device),
+            Way::Iommufd(joined) => joined.open(device),
         }
     }
 }
@@ -126,8 +126,8 @@ impl GroupFile {
                 }
                 Ok((way, Lease::container(&self.group)))
             }
-            Backend::Iommufd(context) => {
-                let way = Way::Iommufd(Arc::clone(context));
+            Backend::Iommufd(joined) => {
+                let way = Way::Iommufd(Arc::clone(joined));
                 state.iommufd += 1;
                 Ok((way, Lease::iommufd(&self.group)))
             }
@@ -176,9 +176,9 @@ impl GroupFile {
             FileObject::Container(container) => container
                 .attach(&iommu, self.group.kind)
                 .map(|attached| Backend::Container(Arc::new(attached))),
-            FileObject::Iommufd(context) => {
-                context.compat_join().map(|()| Backend::Iommufd(context))
-            }
+            FileObject::Iommufd(context) => context
+                .compat_join()
+                .map(|joined| Backend::Iommufd(Arc::new(joined))),
             _ => Err(Errno::BADFD),
         };
         let mut state = self.group.state();

@@ -35,7 +35,7 @@ pub(crate) use table::Groups;
 use crate::container::Attached;
 use crate::device::{Device, GroupType, Opener};
 use crate::index::Index;
-use crate::iommufd::Iommufd;
+use crate::iommufd::Joined;
 use crate::model::IommuGroup;
 use crate::{Errno, Result};
 use std::fmt;
@@ -99,7 +99,7 @@ enum Backend {
     /// A SET_CONTAINER is under way.
     Joining,
     Container(Arc<Attached>),
-    Iommufd(Arc<Iommufd>),
+    Iommufd(Arc<Joined>),
 }
 
 impl fmt::Debug for Group {

@@ -33,7 +33,7 @@ impl Iommufd {
     pub fn ioctl(self: &Arc<Self>, cmd: u32, arg: u64, caller: &dyn Caller) -> Result<u32> {
         let cmd = match iommufd_route(cmd) {
             IommufdRoute::Native(cmd) => cmd,
-            IommufdRoute::Compat => return self.compat_ioctl(cmd, arg),
+            IommufdRoute::Compat => return self.compat_ioctl(cmd, arg, caller),
             IommufdRoute::Unknown(unknown) => return Err(unknown.into()),
         };
         match cmd {
@@ -297,7 +297,7 @@ fn check_flags(flags: MapFlags, values: &[u64]) -> Result<Prot> {
 }
 
 /// `EOVERFLOW` if the memory wraps, `EINVAL` if there is none.
-fn check_span(start: u64, length: u64) -> Result {
+pub(super) fn check_span(start: u64, length: u64) -> Result {
     start.checked_add(length).ok_or(Errno::OVERFLOW)?;
     // So that rounding to pages cannot wrap (`iopt_alloc_pages`).
     if length == 0 || length > u64::MAX - page_size() {

@@ -15,9 +15,9 @@ const MAX_AREAS: usize = 1 << 18;
 
 /// A context: one open of `/dev/iommu`, plus one reference per device bound to it.
 ///
-/// It ends when the file is closed *and* no device is bound any more: closing the descriptor
-/// first leaves every mapping in place for the devices, as in the kernel, where a bound device
-/// holds the file.
+/// It ends when the file is closed *and* no device is bound any more, and no group has it for its
+/// container: closing the descriptor first leaves every mapping in place for them, as in the
+/// kernel, where both hold the file.
 ///
 /// One context has at most 65536 objects, and 262144 mappings in all of its IOASes together;
 /// beyond that is `ENOMEM`. Nothing is pinned, so nothing is accounted to `RLIMIT_MEMLOCK`.
@@ -82,7 +82,7 @@ impl Iommufd {
         let mut table = self.table();
         let index = table.take_id()?;
         let id = table.add(index, Object::Bound(bound));
-        table.bound += 1;
+        table.holders += 1;
         drop(table);
         Ok(Box::new(Bind {
             context: Arc::clone(self),
@@ -172,7 +172,7 @@ impl Drop for Bind {
         let mut table = self.context.table();
         table.detach(self.id, &mut left);
         table.remove(self.id, &mut left);
-        table.bound = table.bound.saturating_sub(1);
+        table.holders = table.holders.saturating_sub(1);
         table.clear_if_done(&mut left);
         drop(table);
         left.settle();

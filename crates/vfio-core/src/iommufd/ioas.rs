@@ -227,6 +227,51 @@ impl Ioas {
         }
     }
 
+    /// Splits the area in which `last` is not the last address, so that it is. `EBUSY` as an unmap;
+    /// `EINVAL` if the parts would not be aligned; `ENOMEM`. `iopt_cut_iova`.
+    pub(super) fn cut(&self, last: u64) -> Result {
+        let mut inner = self.write();
+        let Some((&range, area)) = inner.areas.find(last) else {
+            return Ok(());
+        };
+        if range.last() == last {
+            return Ok(());
+        }
+        let lower = Range::new(range.start(), last)?;
+        let upper = Range::new(last + 1, range.last())?;
+        let in_page = address(area.source()) % page_size();
+        let mask = inner.alignment - 1;
+        if (upper.start() | in_page.wrapping_add(length(lower))) & mask != 0 {
+            return Err(Errno::INVAL);
+        }
+        let area = Arc::clone(area);
+        if !area.gate().close() {
+            return Err(Errno::BUSY);
+        }
+        if !area.gate().is_idle() {
+            drop(inner);
+            if !area.gate().wait_until(Instant::now() + PATIENCE) {
+                area.gate().reopen();
+                return Err(Errno::BUSY);
+            }
+            inner = self.write();
+        }
+        let parts = area.split(length(lower), &self.quota);
+        let (low, high) = parts.inspect_err(|_| area.gate().reopen())?;
+        // Nobody else changes an area whose gate this call closed, and its place is free.
+        inner.areas.remove(range.start());
+        inner.areas.insert(lower, Arc::new(low))?;
+        inner.areas.insert(upper, Arc::new(high))?;
+        drop(inner);
+        drop(area);
+        Ok(())
+    }
+
+    /// True if a page table is filled from it.
+    pub(super) fn has_domain(&self) -> bool {
+        self.read().domains > 0
+    }
+
     /// What can be mapped (everything but reserved ranges), and the alignment.
     pub(super) fn ranges(&self) -> (Vec<Range>, u64) {
         let inner = self.read();

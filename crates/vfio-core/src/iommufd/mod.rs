@@ -32,4 +32,5 @@ pub(crate) mod testing;
 #[cfg(all(test, not(feature = "shuttle")))]
 mod tests;
 
+pub(crate) use compat::Joined;
 pub use context::Iommufd;

@@ -84,7 +84,8 @@ pub(super) struct Table {
     /// `IOMMU_OPTION_RLIMIT_MODE`. Nothing is accounted, so it is only remembered.
     pub(super) account_process: bool,
     pub(super) file_open: bool,
-    pub(super) bound: usize,
+    /// Bound devices, and groups that have the context for their container: each holds the file.
+    pub(super) holders: usize,
 }
 
 impl Table {
@@ -97,7 +98,7 @@ impl Table {
             compat: None,
             account_process: false,
             file_open: true,
-            bound: 0,
+            holders: 0,
         }
     }
 
@@ -203,9 +204,9 @@ impl Table {
         Ok(())
     }
 
-    /// Once nobody has the file and nothing is bound: page tables, then address spaces.
+    /// Once nobody has the file and nothing holds it: page tables, then address spaces.
     pub(super) fn clear_if_done(&mut self, left: &mut Leftovers) {
-        if self.file_open || self.bound > 0 {
+        if self.file_open || self.holders > 0 {
             return;
         }
         let ids: Vec<u32> = self.entries.keys().copied().collect();

@@ -19,14 +19,7 @@ fn dispatch() {
     for (extension, answer) in [(1, Ok(1)), (3, Ok(1)), (9, Ok(1)), (6, Ok(0)), (10, Ok(0))] {
         assert_eq!(call(ioctl::VFIO_CHECK_EXTENSION, extension), answer);
     }
-    for cmd in [
-        ioctl::VFIO_SET_IOMMU,
-        ioctl::VFIO_IOMMU_GET_INFO,
-        ioctl::VFIO_IOMMU_MAP_DMA,
-        ioctl::VFIO_IOMMU_UNMAP_DMA,
-    ] {
-        assert_eq!(call(cmd, 1), Err(Errno::NODEV), "{cmd:#x}");
-    }
+    assert_eq!(call(ioctl::VFIO_SET_IOMMU, 1), Err(Errno::NODEV));
     assert_eq!(call(ioctl::VFIO_CHECK_EXTENSION, 4), Err(Errno::NODEV));
     assert_eq!(call(ioctl::VFIO_IOMMU_DIRTY_PAGES, 0), Err(Errno::NOTTY));
     for &cmd in ioctl::IommufdIoctl::ALL {

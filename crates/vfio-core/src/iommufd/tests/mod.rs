@@ -2,6 +2,7 @@
 
 mod attach;
 mod commands;
+mod compat;
 mod dma;
 mod model;
 mod threads;
