@@ -7,6 +7,8 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
 use nix::sys::uio;
+use rustix::event::PollFd;
+use rustix::event::PollFlags;
 use rustix::fd::AsFd;
 use rustix::fd::BorrowedFd;
 use rustix::fd::OwnedFd;
@@ -263,6 +265,24 @@ pub fn is_eventfd(fd: &OwnedFd) -> bool {
     use rustix::fd::AsRawFd;
     rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new())
         .is_ok_and(|name| name.as_bytes().starts_with(b"anon_inode:[eventfd"))
+}
+
+impl Caller {
+    /// A hold on the thread's number: while [`is_running`] is true of it, the number is this thread's.
+    /// `INVAL` for a thread that does not lead its process, before Linux 6.9.
+    pub(crate) fn pidfd(self) -> Result<OwnedFd> {
+        match rustix::process::pidfd_open(self.tid, PIDFD_THREAD) {
+            Err(Errno::INVAL) => rustix::process::pidfd_open(self.tid, PidfdFlags::empty()),
+            other => other,
+        }
+    }
+}
+
+/// Whether the thread behind [`Caller::pidfd`] still exists.
+pub(crate) fn is_running(pidfd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+    let now = rustix::event::Timespec::default();
+    rustix::event::poll(&mut fds, Some(&now)) == Ok(0)
 }
 
 /// PIDFD_THREAD of `include/uapi/linux/pidfd.h`: O_EXCL. Linux 6.9.

@@ -21,6 +21,7 @@ use rustix::process::Pid;
 
 use crate::Caller;
 use crate::Result;
+use crate::caller::is_running;
 use crate::holders::FileId;
 use crate::maps::Mapping;
 use crate::proc;
@@ -33,13 +34,17 @@ use crate::sys;
 /// [`Errno::FAULT`], and no other program's memory is ever reached. A child made by fork is another
 /// address space and is not followed, as the kernel's pinned pages do not follow it either.
 ///
-/// Two descriptors per address space, however many mappings refer to it: see [`Memory::of`].
+/// Three descriptors per address space, however many mappings refer to it: see [`Memory::of`].
 #[derive(Debug)]
 pub struct Memory {
     mem: OwnedFd,
     maps: OwnedFd,
     tgid: Pid,
     key: Fingerprint,
+    /// Where the client has the bytes of `key.random`.
+    at_random: Option<u64>,
+    /// The thread that asked last, held so that its number stays its own.
+    last: Mutex<Option<(Pid, OwnedFd)>>,
     /// Cleared when the kernel turns out to lack PROCMAP_QUERY (before 6.11).
     can_query: AtomicBool,
 }
@@ -53,18 +58,60 @@ struct Fingerprint {
     random: Option<[u8; 16]>,
 }
 
+/// By process, and by thread that asked last.
 static CACHE: LazyLock<Mutex<HashMap<Pid, Weak<Memory>>>> = LazyLock::new(Mutex::default);
+static THREADS: LazyLock<Mutex<HashMap<Pid, Weak<Memory>>>> = LazyLock::new(Mutex::default);
 
 impl Memory {
     /// The address space of a thread that is blocked in a request to us.
     ///
     /// As long as somebody keeps the result, the same is returned for further requests from the same
-    /// address space, so that a client's mappings share it.
+    /// address space, so that a client's mappings share it. For the thread that asked last that takes
+    /// two system calls.
     ///
     /// # Errors
     /// [`Errno::FAULT`]: the caller is gone or execs at this moment. [`Errno::PERM`] or
     /// [`Errno::ACCESS`]: we may not look into it. [`Errno::MFILE`]: no descriptor left.
     pub fn of(caller: Caller) -> Result<Arc<Self>> {
+        let last = lock(&THREADS).get(&caller.tid()).and_then(Weak::upgrade);
+        if let Some(last) = last
+            && last.is_of_last(caller)
+        {
+            return Ok(last);
+        }
+        let memory = Self::of_process(caller)?;
+        // Before Linux 6.9 some threads cannot be held; they are asked all again each time.
+        if let Ok(pidfd) = caller.pidfd() {
+            let before = lock(&memory.last).replace((caller.tid(), pidfd));
+            let mut threads = lock(&THREADS);
+            if let Some((tid, _)) = before {
+                threads.remove(&tid);
+            }
+            if threads.len() >= 64 && threads.len().is_power_of_two() {
+                threads.retain(|_, memory| memory.strong_count() > 0);
+            }
+            threads.insert(caller.tid(), Arc::downgrade(&memory));
+        }
+        Ok(memory)
+    }
+
+    /// Whether this is the address space of a caller that is the last one to have asked: its thread
+    /// exists still, and so its number is no other's; and it has not executed another program, since
+    /// the kernel would have put other bytes in its place.
+    fn is_of_last(&self, caller: Caller) -> bool {
+        let held = lock(&self.last);
+        let same = held
+            .as_ref()
+            .is_some_and(|(tid, pidfd)| *tid == caller.tid() && is_running(pidfd));
+        drop(held);
+        let (Some(addr), Some(random)) = (self.at_random, &self.key.random) else {
+            return false;
+        };
+        let mut now = [0; 16];
+        same && caller.copy_in(addr, &mut now).is_ok() && now == *random
+    }
+
+    fn of_process(caller: Caller) -> Result<Arc<Self>> {
         let tgid = caller.tgid().map_err(vanished)?;
         let key = Fingerprint::of(caller, tgid)?;
         let known = lock(&CACHE).get(&tgid).and_then(Weak::upgrade);
@@ -98,6 +145,8 @@ impl Memory {
             maps: open("maps", OFlags::RDONLY)?,
             tgid,
             can_query: AtomicBool::new(true),
+            at_random: at_random(&key.auxv),
+            last: Mutex::new(None),
             key,
         };
         // Both opens saw one address space if nothing was executed from before them to after them.
