@@ -3,9 +3,10 @@
 //!
 //! Client memory is only touched with no lock held.
 
+use super::feature::feature;
 use super::file::{DeviceFile, Grant};
 use super::handle::Device;
-use super::ops::{Feature, GfxQuery, RegionCap};
+use super::ops::{GfxQuery, RegionCap};
 use super::shared::{Bind, Binding, GroupType, Leased, Session};
 use crate::caller::Caller;
 use crate::irq::{Action, Data, EventfdSource, SetIrqs, Trigger};
@@ -15,7 +16,6 @@ use std::mem::offset_of;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vfio_uapi::caps::{Caps, CapsBuilder, SparseMmapArea};
-use vfio_uapi::device::feature::{FeatureFlags, FeatureHeader};
 use vfio_uapi::device::{
     AttachFlags, AttachIommufdPt, BindFlags, BindIommufd, DetachFlags, DetachIommufdPt,
     GfxPlaneFlags, GfxPlaneInfo, Info, InfoFlags, IrqInfo, IrqSet, IrqSetFlags, RegionFlags,
@@ -23,9 +23,6 @@ use vfio_uapi::device::{
 };
 use vfio_uapi::dialect::{iommufd, vfio};
 use vfio_uapi::ioctl::DeviceIoctl;
-
-/// Most bytes of feature data that are looked at: every feature's structure is far smaller.
-const FEATURE_DATA_MAX: usize = 4096;
 
 impl DeviceFile {
     /// An ioctl. Returns what the client's `ioctl()` returns. Before BIND everything but BIND is
@@ -289,27 +286,6 @@ fn query_gfx_plane(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
     info.y_hot = 0;
     info.id = plane.region_index;
     vfio::write_back(caller, arg, &info, MIN as u32)
-}
-
-fn feature(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
-    const HEAD: usize = size_of::<FeatureHeader>();
-    let (head, argsz) = vfio::read::<FeatureHeader, _>(caller, arg, HEAD)?;
-    head.flags.check()?;
-    let probe = head.flags.contains(FeatureFlags::PROBE);
-    let room = (argsz as usize).saturating_sub(HEAD).min(FEATURE_DATA_MAX);
-    let mut data = vec![0; if probe { 0 } else { room }];
-    let at = arg.checked_add(HEAD as u64).ok_or(Errno::FAULT)?;
-    if !data.is_empty() {
-        caller.copy_in(at, &mut data)?;
-    }
-    grant.session.feature(Feature {
-        flags: head.flags,
-        data: &mut data,
-    })?;
-    if head.flags.contains(FeatureFlags::GET) && !data.is_empty() {
-        caller.copy_out(at, &data)?;
-    }
-    Ok(())
 }
 
 fn attach(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {

@@ -16,6 +16,7 @@
 
 mod direct;
 mod dirty;
+mod feature;
 mod file;
 mod handle;
 mod housekeeper;
@@ -35,7 +36,9 @@ pub use file::{DeviceFile, Opener};
 pub use handle::{
     Device, Pending, Policy, Registration, UnregisteredDevice, Unregistering, User, WeakDevice,
 };
-pub use migration::{DataDirection, MigrationFlags, State as MigrationState};
+pub use migration::{
+    DataDirection, Form, Migratable, MigrationFlags, State as MigrationState, StepError,
+};
 pub use ops::{
     DeviceInfo, DeviceOps, Dma, DmaSpace, Feature, GfxPlane, GfxQuery, InitCx, IrqInfo, OpenCx,
     RegionCap, RegionInfo, RegionMemory, RegionPos, RequestChannel,

@@ -1,5 +1,7 @@
 //! What the author of a device writes: [`DeviceOps`], the kernel's `struct vfio_device_ops`.
 
+use super::dirty::DirtyLog;
+use super::migration::Migratable;
 use super::{Device, WeakDevice};
 use crate::irq::SetIrqs;
 use crate::model::BusDevice;
@@ -87,6 +89,11 @@ pub trait DeviceOps: Send + Sync + Sized + 'static {
     /// for a feature the driver does not have, also for a probe.
     fn feature(&self, _session: &Self::Session, _feature: Feature<'_>) -> Result<()> {
         Err(Errno::NOTTY)
+    }
+
+    /// How devices of this driver migrate; `None` when they cannot.
+    fn migratable(&self) -> Option<&dyn Migratable<Self::Session>> {
+        None
     }
 
     /// A range of client memory is going away: let go of what is pinned in it. May arrive before
@@ -193,9 +200,13 @@ impl OpenCx<'_> {
     }
 }
 
-/// A device's way to the memory of its user. Cheap to clone; dead after the last close.
+/// A device's way to the memory of its user. Cheap to clone; dead after the last close. What is
+/// written through it is logged when the user asks for that.
 #[derive(Clone)]
-pub struct Dma(pub(crate) Arc<dyn DmaSpace>);
+pub struct Dma {
+    pub(crate) space: Arc<dyn DmaSpace>,
+    pub(crate) log: Arc<DirtyLog>,
+}
 
 impl fmt::Debug for Dma {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -217,12 +228,15 @@ pub trait DmaSpace: Send + Sync {
 impl Dma {
     /// Fills `buf` from the client's memory at `iova`; errnos as [`DmaSpace::read`].
     pub fn read(&self, iova: u64, buf: &mut [u8]) -> Result {
-        self.0.read(iova, buf)
+        self.space.read(iova, buf)
     }
 
     /// Writes `data` to the client's memory at `iova`; errnos as [`DmaSpace::read`].
     pub fn write(&self, iova: u64, data: &[u8]) -> Result {
-        self.0.write(iova, data)
+        let written = self.space.write(iova, data);
+        // Whatever came of it: an access that failed may have written a part.
+        self.log.written(iova, data.len());
+        written
     }
 }
 

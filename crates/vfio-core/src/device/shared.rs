@@ -1,6 +1,8 @@
 //! One allocation for core and driver part of a device, as `vfio_alloc_device()` makes one, and
 //! the session inside it while the device is open.
 
+use super::dirty::DirtyLog;
+use super::migration::{Machine, Steps};
 use super::ops::{DeviceOps, Dma, DmaSpace, InitCx, OpenCx, RegionInfo, RequestChannel};
 use super::region::Layout;
 use super::set::Membership;
@@ -161,13 +163,18 @@ pub(crate) trait Session: Send + Sync {
     fn dma_unmap(&self, iova: u64, len: u64);
     fn binding(&self) -> Option<&dyn Binding>;
     fn set_lock(&self) -> MutexGuard<'_, ()>;
+    fn dirty(&self) -> &DirtyLog;
+    fn machine(&self) -> &Machine;
+    fn steps(&self) -> &dyn Steps;
 }
 
 /// From the first open to the last close. Calls in progress hold a clone, so `close` runs after
 /// them by construction, and nobody waits.
-struct OpenSession<O: DeviceOps> {
+pub(super) struct OpenSession<O: DeviceOps> {
     shared: Arc<Shared<O>>,
     session: Option<O::Session>,
+    dirty: Arc<DirtyLog>,
+    machine: Machine,
     binding: Option<Box<dyn Binding>>,
 }
 
@@ -295,16 +302,23 @@ impl<O: DeviceOps> Shared<O> {
     }
 
     /// The driver's `open`, with the set's lock held.
-    fn first_open(self: &Arc<Self>, binding: Option<&dyn Binding>) -> Result<O::Session> {
+    fn first_open(
+        self: &Arc<Self>,
+        binding: Option<&dyn Binding>,
+        log: &Arc<DirtyLog>,
+    ) -> Result<O::Session> {
         let device = self.device();
         let memory = device.0.memory()?.cloned();
         let layout = device.0.layout()?;
         let cx = OpenCx {
             device: &device,
-            dma: Dma(match binding {
-                Some(binding) => binding.dma(),
-                None => Arc::new(NoDma),
-            }),
+            dma: Dma {
+                space: match binding {
+                    Some(binding) => binding.dma(),
+                    None => Arc::new(NoDma),
+                },
+                log: Arc::clone(log),
+            },
             memory,
             areas: &layout.areas,
         };
@@ -411,12 +425,17 @@ impl<O: DeviceOps> AnyDevice for Shared<O> {
             }
         }
         let mut binding = bind()?;
-        let session = self.first_open(binding.as_deref()).inspect_err(|_| {
-            _lease = binding.as_mut().and_then(|binding| binding.take_lease());
-        })?;
+        let dirty = Arc::default();
+        let session = self
+            .first_open(binding.as_deref(), &dirty)
+            .inspect_err(|_| {
+                _lease = binding.as_mut().and_then(|binding| binding.take_lease());
+            })?;
         let session = Arc::new(OpenSession {
             shared: Arc::clone(&self),
             session: Some(session),
+            dirty,
+            machine: Machine::default(),
             binding,
         });
         let mut opens = self.opens();
@@ -462,7 +481,7 @@ impl<O: DeviceOps> AnyDevice for Shared<O> {
 }
 
 impl<O: DeviceOps> OpenSession<O> {
-    fn call<R>(&self, f: impl FnOnce(&O, &O::Session) -> Result<R>) -> Result<R> {
+    pub(super) fn call<R>(&self, f: impl FnOnce(&O, &O::Session) -> Result<R>) -> Result<R> {
         let session = self.session.as_ref().ok_or(Errno::NODEV)?;
         self.shared.contain(|ops| f(ops, session))
     }
@@ -479,7 +498,7 @@ impl<O: DeviceOps> Session for OpenSession<O> {
         self.call(|ops, session| ops.set_irqs(session, request))
     }
     fn reset(&self) -> Result {
-        self.call(|ops, session| ops.reset(session))
+        self.machine.reset(self)
     }
     fn gfx_plane(&self, query: GfxQuery) -> Result<GfxPlane> {
         self.call(|ops, session| ops.gfx_plane(session, query))
@@ -498,6 +517,15 @@ impl<O: DeviceOps> Session for OpenSession<O> {
     }
     fn set_lock(&self) -> MutexGuard<'_, ()> {
         self.shared.head.set_membership().lock()
+    }
+    fn dirty(&self) -> &DirtyLog {
+        &self.dirty
+    }
+    fn machine(&self) -> &Machine {
+        &self.machine
+    }
+    fn steps(&self) -> &dyn Steps {
+        self
     }
 }
 
@@ -520,6 +548,7 @@ impl<O: DeviceOps> Drop for OpenSession<O> {
                     .event(&self.shared.head, What::Panicked);
             }
         }
+        self.dirty.stop();
         let mut binding = self.binding.take();
         let lease = binding.as_mut().and_then(|binding| binding.take_lease());
         drop(binding);

@@ -1,0 +1,335 @@
+use crate::Core;
+use crate::device::{Device, DeviceFile, DmaSpace, Opener, Registration};
+use crate::iommufd::testing::{Pages, Seen, Us, address, device};
+use crate::{Errno, Result};
+use std::sync::{Arc, Mutex};
+use vfio_uapi::UserMemory;
+use vfio_uapi::device::feature::{
+    DmaLoggingControl, DmaLoggingRange, DmaLoggingReport, Feature, FeatureHeader,
+};
+use vfio_uapi::ioctl::DeviceIoctl;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+const GET: u32 = 1 << 16;
+const SET: u32 = 1 << 17;
+const PROBE: u32 = 1 << 18;
+const PAGE: u64 = 4096;
+
+/// Memory of a client that is this process, from address 0.
+struct Space(Mutex<Vec<u8>>);
+
+impl DmaSpace for Space {
+    fn read(&self, iova: u64, buf: &mut [u8]) -> Result {
+        let at = usize::try_from(iova).unwrap();
+        buf.copy_from_slice(&self.0.lock().unwrap()[at..at + buf.len()]);
+        Ok(())
+    }
+    fn write(&self, iova: u64, data: &[u8]) -> Result {
+        let at = usize::try_from(iova).unwrap();
+        let mut memory = self.0.lock().unwrap();
+        let room = memory.get_mut(at..at + data.len()).ok_or(Errno::NOENT)?;
+        room.copy_from_slice(data);
+        Ok(())
+    }
+}
+
+struct Bench {
+    registration: Registration,
+    seen: Arc<Seen>,
+    file: Arc<DeviceFile>,
+    us: Us,
+}
+
+fn open(device: &Device) -> Arc<DeviceFile> {
+    let opener = Opener {
+        pid: 1,
+        comm: "test".into(),
+        since: std::time::SystemTime::now(),
+        node: None,
+    };
+    let space = Space(Mutex::new(vec![0; 1 << 20]));
+    device.open_direct(opener, Arc::new(space)).unwrap()
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let core = Core::new(crate::Config::default());
+        let (registration, seen) = device(&core, "logged", None);
+        let file = open(registration.device());
+        Bench {
+            registration,
+            seen,
+            file,
+            us: Us::default(),
+        }
+    }
+
+    fn writes(&self, iova: u64, data: &[u8]) -> Result {
+        let dma = self.seen.dma.lock().unwrap().clone().unwrap();
+        dma.write(iova, data)
+    }
+
+    /// The ioctl, with what is left in the argument.
+    fn feature<T>(&self, argsz: u32, op: u32, feature: Feature, data: &mut T) -> Result
+    where
+        T: FromBytes + IntoBytes + Immutable,
+    {
+        let mut arg = argsz.to_ne_bytes().to_vec();
+        arg.extend((op | feature as u32).to_ne_bytes());
+        arg.extend(data.as_bytes());
+        let number = DeviceIoctl::Feature as u32;
+        let done = self
+            .file
+            .ioctl(number, address(arg.as_mut_slice()), &self.us);
+        *data = T::read_from_bytes(&std::hint::black_box(&arg)[8..]).unwrap();
+        done.map(|answer| assert_eq!(answer, 0))
+    }
+
+    fn start(&self, page_size: u64, ranges: &mut [DmaLoggingRange]) -> Result<u64> {
+        let mut control = DmaLoggingControl {
+            page_size,
+            num_ranges: u32::try_from(ranges.len()).unwrap(),
+            reserved: 0,
+            ranges: address(ranges),
+        };
+        self.feature(32, SET, Feature::DmaLoggingStart, &mut control)?;
+        Ok(control.page_size)
+    }
+
+    fn stop(&self) -> Result {
+        self.feature(8, SET, Feature::DmaLoggingStop, &mut [0u8; 0])
+    }
+
+    fn report(&self, iova: u64, length: u64, page_size: u64, bitmap: u64) -> Result {
+        let mut report = DmaLoggingReport {
+            iova,
+            length,
+            page_size,
+            bitmap,
+        };
+        self.feature(40, GET, Feature::DmaLoggingReport, &mut report)
+    }
+}
+
+fn range(iova: u64, length: u64) -> DmaLoggingRange {
+    DmaLoggingRange { iova, length }
+}
+
+/// Nothing of migration is announced here: a client that found the flags would expect the data.
+#[test]
+fn migration_is_not_a_feature_of_the_file() {
+    let bench = Bench::new();
+    let mut data = [0u64; 2];
+    for (feature, errno) in [
+        (Feature::Migration, Errno::NOTTY),
+        (Feature::MigDeviceState, Errno::NOTTY),
+        (Feature::MigDataSize, Errno::NOTTY),
+        (Feature::MigPrecopyInfoV2, Errno::INVAL),
+        (Feature::DmaBuf, Errno::NOTTY),
+    ] {
+        for op in [GET, SET, GET | PROBE, PROBE] {
+            assert_eq!(
+                bench.feature(24, op, feature, &mut data),
+                Err(errno),
+                "{feature}"
+            );
+        }
+    }
+}
+
+#[test]
+fn generic_rules() {
+    let bench = Bench::new();
+    let mut none = [0u8; 0];
+    for (argsz, op, feature, want) in [
+        (8, PROBE | SET, Feature::DmaLoggingStart, Ok(())),
+        (8, PROBE | SET, Feature::DmaLoggingStop, Ok(())),
+        (8, PROBE | GET, Feature::DmaLoggingReport, Ok(())),
+        (8, PROBE, Feature::DmaLoggingReport, Ok(())),
+        (8, PROBE | GET, Feature::DmaLoggingStart, Err(Errno::INVAL)),
+        (
+            8,
+            PROBE | GET | SET,
+            Feature::DmaLoggingReport,
+            Err(Errno::INVAL),
+        ),
+        (8, GET | SET, Feature::DmaLoggingStop, Err(Errno::INVAL)),
+        (8, 0, Feature::DmaLoggingStop, Err(Errno::INVAL)),
+        (8, GET, Feature::DmaLoggingStop, Err(Errno::INVAL)),
+        (7, SET, Feature::DmaLoggingStop, Err(Errno::INVAL)),
+        (31, SET, Feature::DmaLoggingStart, Err(Errno::INVAL)),
+        (39, GET, Feature::DmaLoggingReport, Err(Errno::INVAL)),
+        (8, SET | 1 << 19, Feature::DmaLoggingStop, Err(Errno::INVAL)),
+        (8, SET, Feature::DmaLoggingStop, Ok(())),
+    ] {
+        let done = bench.feature(argsz, op, feature, &mut none);
+        assert_eq!(done, want, "{argsz} {op:#x} {feature}");
+    }
+    assert_eq!(size_of::<FeatureHeader>(), 8);
+}
+
+#[test]
+fn logging_start_errnos() {
+    let bench = Bench::new();
+    assert_eq!(bench.start(PAGE, &mut []), Err(Errno::INVAL));
+    let mut many: Vec<_> = (0..257).map(|n| range(n * PAGE, PAGE)).collect();
+    assert_eq!(bench.start(PAGE, &mut many), Err(Errno::TOOBIG));
+    assert_eq!(bench.start(PAGE, &mut [range(1, PAGE)]), Err(Errno::INVAL));
+    let end = u64::MAX - PAGE + 1;
+    assert_eq!(
+        bench.start(PAGE, &mut [range(end, PAGE)]),
+        Err(Errno::OVERFLOW)
+    );
+    assert_eq!(
+        bench.start(PAGE, &mut [range(0, 2 * PAGE), range(PAGE, PAGE)]),
+        Err(Errno::INVAL)
+    );
+    for ranges in [0, u64::MAX, u64::MAX - 15] {
+        let mut control = DmaLoggingControl {
+            page_size: PAGE,
+            num_ranges: 1,
+            reserved: 0,
+            ranges,
+        };
+        let done = bench.feature(32, SET, Feature::DmaLoggingStart, &mut control);
+        assert_eq!(done, Err(Errno::FAULT));
+    }
+    // None of them has started it.
+    assert_eq!(bench.start(PAGE, &mut many[..256]), Ok(PAGE));
+    assert_eq!(bench.start(PAGE, &mut many[..1]), Err(Errno::INVAL));
+    bench.stop().unwrap();
+    bench.stop().unwrap();
+    assert_eq!(
+        bench.start(3 * PAGE, &mut [range(0, 0)]),
+        Ok(2 * PAGE),
+        "written back"
+    );
+}
+
+/// The answer cannot be written: the log does not run, as in the kernel.
+#[test]
+fn a_start_whose_answer_faults_is_undone() {
+    let bench = Bench::new();
+    let mut ranges = [range(0, PAGE)];
+    let head = [32, SET | Feature::DmaLoggingStart as u32];
+    let mut pages = Pages::new(2);
+    let control = DmaLoggingControl {
+        page_size: PAGE,
+        num_ranges: 1,
+        reserved: 0,
+        ranges: address(&mut ranges),
+    };
+    pages.bytes()[..8].copy_from_slice(head.as_bytes());
+    pages.bytes()[8..32].copy_from_slice(control.as_bytes());
+    let readonly = ReadOnly(&bench.us);
+    let number = DeviceIoctl::Feature as u32;
+    assert_eq!(
+        bench.file.ioctl(number, pages.addr(), &readonly),
+        Err(Errno::FAULT)
+    );
+    assert_eq!(
+        bench.start(PAGE, &mut ranges),
+        Ok(PAGE),
+        "it is not running"
+    );
+}
+
+/// A caller whose memory cannot be written.
+struct ReadOnly<'a>(&'a Us);
+
+impl UserMemory for ReadOnly<'_> {
+    fn copy_in(&self, addr: u64, buf: &mut [u8]) -> Result {
+        self.0.copy_in(addr, buf)
+    }
+    fn copy_out(&self, _addr: u64, _buf: &[u8]) -> Result {
+        Err(Errno::FAULT)
+    }
+}
+
+impl crate::caller::Caller for ReadOnly<'_> {
+    fn pid(&self) -> u32 {
+        self.0.pid()
+    }
+    fn comm(&self) -> String {
+        self.0.comm()
+    }
+    fn capable(&self, capability: crate::caller::Capability) -> bool {
+        self.0.capable(capability)
+    }
+    fn get_fd(&self, fd: i32) -> Result<std::os::fd::OwnedFd> {
+        self.0.get_fd(fd)
+    }
+    fn file(&self, fd: i32) -> Result<crate::caller::FileObject> {
+        self.0.file(fd)
+    }
+    fn memory(&self) -> Result<Arc<client_process::Memory>> {
+        self.0.memory()
+    }
+}
+
+#[test]
+fn reports_into_the_clients_memory() {
+    let bench = Bench::new();
+    let mut bitmap = vec![1u64 << 63; 5000];
+    let at = address(bitmap.as_mut_slice());
+    assert_eq!(
+        bench.report(0, PAGE, PAGE, at),
+        Err(Errno::INVAL),
+        "not running"
+    );
+    bench.start(PAGE, &mut [range(0, 1 << 40)]).unwrap();
+    assert_eq!(bench.report(0, PAGE, 1024, at), Err(Errno::INVAL));
+    assert_eq!(
+        bench.report(u64::MAX - 1, PAGE, PAGE, at),
+        Err(Errno::OVERFLOW)
+    );
+    assert_eq!(bench.report(0, 0, PAGE, 0), Ok(()));
+    assert_eq!(
+        bench.report(0, 1 << 40, PAGE, 0),
+        Ok(()),
+        "clean: nothing to write"
+    );
+    bench.writes(3 * PAGE + 7, &[1; 10]).unwrap();
+    bench.writes(200 * PAGE - 1, &[1; 2]).unwrap();
+    assert_eq!(bench.writes(1 << 30, &[1]), Err(Errno::NOENT));
+    // A bitmap that is not there loses nothing.
+    assert_eq!(bench.report(0, 1 << 40, PAGE, 8), Err(Errno::FAULT));
+    assert_eq!(
+        bench.report(0, 1 << 30, PAGE, u64::MAX - 3),
+        Err(Errno::FAULT)
+    );
+    assert_eq!(bench.report(0, (1 << 30) + PAGE, PAGE, at), Ok(()));
+    let bitmap = std::hint::black_box(&mut bitmap);
+    assert_eq!(bitmap[0], 1 << 63 | 1 << 3, "bits are only set");
+    assert_eq!(
+        bitmap[200 / 64],
+        1 << 63 | 1 << (199 % 64) | 1 << (200 % 64)
+    );
+    assert_eq!(bitmap[4096], 1 << 63 | 1, "what failed may have written");
+    bitmap.fill(0);
+    assert_eq!(bench.report(0, (1 << 30) + PAGE, PAGE, at), Ok(()));
+    assert!(std::hint::black_box(bitmap).iter().all(|word| *word == 0));
+}
+
+#[test]
+fn the_log_ends_with_the_last_close() {
+    let bench = Bench::new();
+    bench.start(PAGE, &mut [range(0, PAGE)]).unwrap();
+    let old = bench.seen.dma.lock().unwrap().clone().unwrap();
+    bench.file.release();
+    let file = open(bench.registration.device());
+    assert_eq!(
+        file.dma_logging_report(0, PAGE, PAGE, &mut [0]),
+        Err(Errno::INVAL)
+    );
+    assert_eq!(file.dma_logging_start(PAGE, &[]), Ok(PAGE));
+    // A handle the driver has kept writes into another log, which nobody reads.
+    let _ = old.write(0, &[1]);
+    let mut bitmap = [0];
+    assert_eq!(file.dma_logging_report(0, PAGE, PAGE, &mut bitmap), Ok(()));
+    assert_eq!(bitmap, [0]);
+    assert_eq!(
+        file.dma_logging_report(0, 64 * PAGE + 1, PAGE, &mut bitmap),
+        Err(Errno::INVAL)
+    );
+}
