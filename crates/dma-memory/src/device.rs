@@ -99,6 +99,24 @@ impl DeviceMemory {
         self.file.as_fd()
     }
 
+    /// The file opened once more, for a client that gets the descriptor itself: it counts as another
+    /// opener for as long as it, or a mapping made from it, exists.
+    ///
+    /// # Errors
+    /// [`Errno::NODEV`]: revoked. [`Errno::MFILE`].
+    pub fn reopen(&self, writable: bool) -> Result<OwnedFd> {
+        if self.is_revoked() {
+            return Err(Errno::NODEV);
+        }
+        let mode = if writable {
+            OFlags::RDWR
+        } else {
+            OFlags::RDONLY
+        };
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        rustix::fs::open(path, mode | OFlags::CLOEXEC, Mode::empty())
+    }
+
     /// Fills `buf` from `offset`.
     ///
     /// # Errors

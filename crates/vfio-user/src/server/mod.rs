@@ -1,11 +1,19 @@
 //! The server: devices of a core, each offered on a socket.
 
+mod connection;
+mod feature;
+mod hub;
+mod irqs;
+mod link;
 mod offer;
+mod session;
 
 pub use offer::{Client, ClientKind, Offer, OfferOptions, Refusal};
 
+use hub::Hub;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 use vfio_core::device::Device;
 
 /// What can be chosen about a server.
@@ -34,15 +42,15 @@ impl Default for Options {
 /// Serves any number of devices and connections with few threads: one per process is enough.
 /// Dropping it ends all that it serves.
 #[derive(Debug)]
-pub struct Server(());
+pub struct Server(Arc<Hub>);
 
 impl Server {
     /// Starts one that serves nothing yet.
     ///
     /// # Errors
     /// No descriptor or thread is to be had.
-    pub fn start(_options: Options) -> io::Result<Server> {
-        Ok(Server(()))
+    pub fn start(options: Options) -> io::Result<Server> {
+        Hub::start(options).map(Server)
     }
 
     /// Serves `device` on this listening socket until the returned value is dropped.
@@ -58,7 +66,7 @@ impl Server {
         listener: UnixListener,
         options: OfferOptions,
     ) -> io::Result<Offer> {
-        Offer::new(device, Some(listener), None, options)
+        Offer::new(&self.0, device, Some(listener), None, options)
     }
 
     /// Serves `device` on one socket that is connected already (`--fd`), until the client closes it
@@ -67,6 +75,12 @@ impl Server {
     /// # Errors
     /// As [`offer`](Server::offer).
     pub fn serve(&self, device: &Device, stream: UnixStream) -> io::Result<Offer> {
-        Offer::new(device, None, Some(stream), OfferOptions::default())
+        Offer::new(&self.0, device, None, Some(stream), OfferOptions::default())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.0.stop();
     }
 }
