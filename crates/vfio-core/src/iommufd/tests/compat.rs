@@ -110,7 +110,7 @@ impl Opened {
 
     fn read(&self, iova: u64) -> Result<u8> {
         let dma = self.seen.dma.lock().unwrap().clone().unwrap();
-        byte(&*dma.0, iova)
+        byte(&*dma.space, iova)
     }
 }
 
