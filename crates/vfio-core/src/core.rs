@@ -6,6 +6,7 @@ use crate::group::{Group, Groups};
 use crate::index::{Index, IndexPool, MINOR_MASK};
 use crate::model::{BusDevice, IommuGroup, IommuGroups, Model};
 use crate::{Errno, Result};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -65,6 +66,7 @@ struct Inner {
     subscribers: Arc<Subscribers>,
     house: Arc<Housekeeper>,
     model: Model,
+    native_mmap: AtomicBool,
 }
 
 impl Core {
@@ -82,7 +84,20 @@ impl Core {
             subscribers: Arc::default(),
             house: Arc::default(),
             model: Model::new(),
+            native_mmap: AtomicBool::new(true),
         }))
+    }
+
+    /// Says whether clients of the nodes can map regions; they can unless said otherwise. If not,
+    /// `VFIO_DEVICE_GET_REGION_INFO` offers no region for mapping, and clients read and write all of
+    /// them, as they do where a region has no `VFIO_REGION_INFO_FLAG_MMAP` anyway. Transports that
+    /// hand out the memory themselves ([`Device::open_direct`]) are not concerned.
+    pub fn set_native_mmap(&self, possible: bool) {
+        self.0.native_mmap.store(possible, Ordering::Release);
+    }
+
+    pub(crate) fn native_mmap(&self) -> bool {
+        self.0.native_mmap.load(Ordering::Acquire)
     }
 
     /// What was chosen.

@@ -15,6 +15,7 @@ use rustix::fs::FileType;
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::ffi::OsStr;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -84,10 +85,37 @@ impl std::fmt::Debug for Tree {
     }
 }
 
+/// Whether the kernel lets this connection give its files a backing: not before Linux 6.9, and not in
+/// a user namespace (`fs/fuse/backing.c`, `fuse_backing_open`).
+fn hands_files_through(connection: &Connection) -> bool {
+    let attempt = || {
+        let memory = rustix::fs::memfd_create("vfiod", rustix::fs::MemfdFlags::CLOEXEC)?;
+        connection.backing_open(memory.as_fd())
+    };
+    if !connection.has_passthrough() {
+        return false;
+    }
+    match attempt() {
+        Ok(_) => true,
+        Err(errno) => {
+            tracing::warn!("no native mapping, regions trap: {errno}");
+            false
+        }
+    }
+}
+
 impl Dev {
     /// Mounts the tree and serves it.
     pub fn start(core: &Core, options: &Options) -> Result<Dev, Errno> {
         make_dir(&options.dev)?;
+        let options_ = MountOptions {
+            shared: true,
+            ..MountOptions::default()
+        };
+        let (fd, mount) = options_.create()?;
+        let connection = Connection::new(fd, &connection_config())?;
+        let passthrough = options.passthrough && hands_files_through(&connection);
+        core.set_native_mmap(passthrough);
         let shared = Arc::new(Shared {
             files: Files::default(),
             mount: OnceLock::new(),
@@ -95,7 +123,7 @@ impl Dev {
             config: core.config().clone(),
             advice: Advice::default(),
             ioctl_deadline: options.ioctl_deadline,
-            passthrough: options.passthrough,
+            passthrough,
         });
         let tree = Arc::new(Tree {
             core: core.clone(),
@@ -109,12 +137,6 @@ impl Dev {
             group: options.group,
             redirect: options.redirect,
         });
-        let options_ = MountOptions {
-            shared: true,
-            ..MountOptions::default()
-        };
-        let (fd, mount) = options_.create()?;
-        let connection = Connection::new(fd, &connection_config())?;
         let _ = tree.connection.set(connection.clone());
         let policy = Policy {
             name: "vfio-dev".into(),

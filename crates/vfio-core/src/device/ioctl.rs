@@ -130,7 +130,14 @@ fn get_region_info(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
     if info.index >= device.info()?.num_regions {
         return Err(Errno::INVAL);
     }
-    let region = device.region(info.index)?;
+    let mut region = device.region(info.index)?;
+    if !device.head().core.native_mmap() {
+        region.flags -= RegionFlags::MMAP;
+        // The others are about mapping.
+        region
+            .caps
+            .retain(|cap| matches!(cap, RegionCap::Type { .. }));
+    }
     let layout = device.0.layout()?;
     let area = layout.areas.get(info.index as usize).ok_or(Errno::INVAL)?;
     let caps = region_caps(&region.caps);
