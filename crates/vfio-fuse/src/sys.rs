@@ -76,9 +76,10 @@ impl Sys {
         Sys::mount(core, &options.sys, None, options.sys_owner)
     }
 
-    /// Mounts the tree merged with another (the machine's own `/sys`) at `path`.
-    pub fn merged(core: &Core, path: &Path, real: &Path) -> Result<Sys, Errno> {
-        Sys::mount(core, path, Some(real.to_owned()), (0, 0))
+    /// Mounts the tree merged with another (the machine's own `/sys`) at `path`. What is not the
+    /// machine's has this owner: see [`Options::sys_owner`].
+    pub fn merged(core: &Core, path: &Path, real: &Path, owner: (u32, u32)) -> Result<Sys, Errno> {
+        Sys::mount(core, path, Some(real.to_owned()), owner)
     }
 
     fn mount(

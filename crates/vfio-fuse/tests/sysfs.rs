@@ -215,7 +215,13 @@ fn merged_with_the_machines_own() {
         return;
     };
     let _one = tree.device("one");
-    let merged = Sys::merged(&tree.core, &tree.dir.join("merged"), Path::new("/sys")).unwrap();
+    let merged = Sys::merged(
+        &tree.core,
+        &tree.dir.join("merged"),
+        Path::new("/sys"),
+        (0, 0),
+    )
+    .unwrap();
     let names = |path: &str| -> BTreeSet<String> {
         fs::read_dir(merged.path().join(path))
             .unwrap()

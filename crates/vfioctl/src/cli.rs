@@ -131,6 +131,13 @@ pub(crate) enum Command {
     /// Writes text into a file of sysfs, in a process of its own: the write may never return.
     #[command(hide = true)]
     InternalWrite { file: PathBuf, text: String },
+    /// Starts a program that is nobody's child and prints its number.
+    #[command(hide = true)]
+    InternalDetach {
+        /// The program and its arguments.
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<OsString>,
+    },
     /// Tries things out for `doctor` and prints what came of it.
     #[command(hide = true)]
     InternalDoctor(crate::doctor::Role),
@@ -140,8 +147,10 @@ pub(crate) enum Command {
 }
 
 /// How a command is run.
-#[derive(Clone, Copy, Debug, Default, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub(crate) struct RunOptions {
+    #[command(flatten)]
+    pub(crate) own: crate::run::UserOptions,
     /// A network namespace of its own, into which uevents of vfiod's devices are sent. The
     /// command then has no network but loopback.
     #[arg(long)]

@@ -71,6 +71,7 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Doctor => return crate::doctor::run(global),
         Command::Events => return events(global),
         Command::Status => return status(global),
+        Command::InternalDetach { command } => return crate::run::internal_detach(command),
         Command::Run { options, command } => return crate::run::run(global, options, command),
         _ => {}
     }
@@ -230,6 +231,7 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         | Command::Status
         | Command::InternalWrite { .. }
         | Command::InternalUevents { .. }
+        | Command::InternalDetach { .. }
         | Command::InternalDoctor { .. }
         | Command::Doctor
         | Command::Run { .. } => {}

@@ -534,7 +534,12 @@ impl Server {
         }
         if let Merge::Unasked = *merge {
             crate::daemon::clear_stale(&path);
-            let made = vfio_fuse::Sys::merged(&self.core, &path, Path::new("/sys"));
+            let made = vfio_fuse::Sys::merged(
+                &self.core,
+                &path,
+                Path::new("/sys"),
+                crate::daemon::own_ids(),
+            );
             let sys = made.map_err(|errno| {
                 errno_failure(errno, format!("cannot mount {}: {errno}", path.display()))
             })?;

@@ -87,6 +87,9 @@ pub(crate) fn serve(serve: &Serve) -> anyhow::Result<()> {
     // Before the first thread, so that no thread has them unblocked: a signal that comes while
     // things are put together is one to stop.
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    if serve.transient {
+        stop_at_eof()?;
+    }
     raise_files();
     std::fs::create_dir_all(&places.root)
         .with_context(|| format!("directory {}", places.root.display()))?;
@@ -120,7 +123,9 @@ pub(crate) fn serve(serve: &Serve) -> anyhow::Result<()> {
     });
     let group = match &config.nodes.socket_group {
         Some(group) => Some(id("/etc/group", group)?),
-        None => id("/etc/group", "vfio").ok(),
+        // Others may give files to their own groups only.
+        None if rustix::process::geteuid().is_root() => id("/etc/group", "vfio").ok(),
+        None => None,
     };
     let control = Control::start(&places.socket(), group, Arc::clone(&server))?;
     tracing::info!(
@@ -159,7 +164,39 @@ pub(crate) fn serve(serve: &Serve) -> anyhow::Result<()> {
     drop(uevents);
     drop(log);
     tracing::info!("stopped");
+    if serve.transient {
+        remove(&places.root);
+    }
     Ok(())
+}
+
+/// Sends this process a SIGTERM when standard input ends: whoever started it is gone, however it went.
+fn stop_at_eof() -> anyhow::Result<()> {
+    std::thread::Builder::new()
+        .name("stdin".to_owned())
+        .spawn(|| {
+            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+            let own = rustix::process::getpid();
+            let _ = rustix::process::kill_process(own, rustix::process::Signal::TERM);
+        })?;
+    Ok(())
+}
+
+/// Takes the directory away, unless something is still mounted in it.
+fn remove(root: &Path) {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mounted = mounts
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .any(|place| Path::new(place).starts_with(root));
+    let removed = if mounted {
+        Err(std::io::Error::from(Errno::BUSY))
+    } else {
+        std::fs::remove_dir_all(root)
+    };
+    if let Err(error) = removed {
+        tracing::warn!("{} stays: {error}", root.display());
+    }
 }
 
 fn core_config(config: &Config) -> vfio_core::Config {
@@ -288,12 +325,13 @@ fn start_mdev(parent: &Arc<mdev::Parent>, ty: usize, uuid: Uuid) -> Result<(), E
 }
 
 fn mount_options(config: &Config, places: &Places) -> anyhow::Result<Options> {
-    let owner = |config: &Option<String>, file: &str| match config {
+    let owner = |config: &Option<String>, file: &str, own: u32| match config {
         Some(name) => id(file, name),
-        None => Ok(0),
+        None => Ok(own),
     };
-    let uid = owner(&config.nodes.owner, "/etc/passwd")?;
-    let gid = owner(&config.nodes.group, "/etc/group")?;
+    let own = own_ids();
+    let uid = owner(&config.nodes.owner, "/etc/passwd", own.0)?;
+    let gid = owner(&config.nodes.group, "/etc/group", own.1)?;
     let default = Options::under(&places.root);
     let node = |mode: Option<config::Mode>, default: Owner| Owner {
         uid,
@@ -304,12 +342,21 @@ fn mount_options(config: &Config, places: &Places) -> anyhow::Result<Options> {
     Ok(Options {
         dev: places.dev(),
         sys: places.sys(),
+        sys_owner: own,
         device: node(nodes.mode, default.device),
         group: node(nodes.group_mode.or(nodes.mode), default.group),
         container: node(nodes.container_mode, default.container),
         iommu: node(nodes.iommu_mode, default.iommu),
         ..default
     })
+}
+
+/// Who owns what nothing is said of: root, or in a user namespace without root its only user.
+pub(crate) fn own_ids() -> (u32, u32) {
+    (
+        rustix::process::geteuid().as_raw(),
+        rustix::process::getegid().as_raw(),
+    )
 }
 
 /// A user's or group's number from its name or itself.

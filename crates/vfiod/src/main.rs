@@ -45,6 +45,9 @@ struct Serve {
     /// Check the configuration, print it as it was understood, and end.
     #[arg(long)]
     check: bool,
+    /// Serve one command: stop, as by SIGTERM, when standard input ends, and take the directory away.
+    #[arg(long, requires = "root")]
+    transient: bool,
 }
 
 fn main() -> ExitCode {

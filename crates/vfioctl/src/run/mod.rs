@@ -11,15 +11,14 @@ mod machine;
 mod net;
 mod supervisor;
 mod tree;
+mod user;
 
 use crate::cli::{Global, RunOptions as Options};
 use crate::fail::{Fail, Result};
+use crate::namespace;
 use nix::sched::CloneFlags;
-use rustix::fs::{CWD, Mode, OFlags};
-use rustix::io::Errno;
-use rustix::mount::{
-    MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount_change, move_mount, open_tree,
-};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::{Errno, FdFlags};
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -35,12 +34,24 @@ const CANNOT_RUN: u8 = 126;
 const NO_COMMAND: u8 = 127;
 
 pub(crate) use net::internal_uevents;
+pub(crate) use user::{Options as UserOptions, internal_detach};
 
 /// Becomes the command; returns only if that failed.
 pub(crate) fn run(global: &Global, options: &Options, command: &[OsString]) -> Result<ExitCode> {
     let own = |fail: Fail| Fail {
         code: OWN_FAILURE,
         ..fail
+    };
+    let own_daemon = match options.own.user {
+        true => Some(user::OwnDaemon::start(&options.own).map_err(own)?),
+        false => None,
+    };
+    let global = &match &own_daemon {
+        Some(daemon) => Global {
+            socket: Some(daemon.socket()),
+            ..global.clone()
+        },
+        None => global.clone(),
     };
     let mut client = crate::commands::daemon(global).map_err(own)?;
     let places = places(&mut client).map_err(own)?;
@@ -58,9 +69,19 @@ pub(crate) fn run(global: &Global, options: &Options, command: &[OsString]) -> R
         return Err(own(Fail::failed("no command")));
     };
     let mut command = Command::new(program);
-    if let Some(supervisor) = supervisor {
-        supervisor.begin().map_err(own)?;
-        command.env(supervisor::VARIABLE, "1");
+    let lifeline = own_daemon.as_ref().map(user::OwnDaemon::lifeline);
+    match (supervisor, lifeline) {
+        (Some(supervisor), lifeline) => {
+            supervisor.begin(lifeline).map_err(own)?;
+            command.env(supervisor::VARIABLE, "1");
+        }
+        // Then it is the command that keeps the daemon, and those it leaves it to.
+        (None, Some(lifeline)) => rustix::io::fcntl_setfd(lifeline, FdFlags::empty())
+            .map_err(|errno| own(Fail::failed(format!("lifeline: {errno}"))))?,
+        (None, None) => {}
+    }
+    if let Some(daemon) = &own_daemon {
+        command.envs(daemon.environment()).env_remove("VFIOD_ROOT");
     }
     let error = command
         .args(arguments)
@@ -136,7 +157,8 @@ fn enter(places: &Places, uevents: bool) -> Result {
     unshare(flags)?;
     // What is mounted outside from now on arrives here (each device in use has a mount of its
     // own); what is mounted here stays here.
-    private()?;
+    namespace::mounts_stay_inside()
+        .map_err(|errno| Fail::failed(format!("mount propagation: {errno}")))?;
     let say = |what: &str, path: &Path| {
         let text = format!("{what} {}", path.display());
         move |errno: Errno| Fail::failed(format!("{text}: {errno}"))
@@ -157,59 +179,15 @@ fn enter(places: &Places, uevents: bool) -> Result {
 
 /// `unshare()`; without the right to, in a user namespace with the same ids.
 fn unshare(flags: CloneFlags) -> Result {
-    let refused = |errno: nix::Error| {
+    let refused = |why: &dyn std::fmt::Display| {
         Fail::failed(format!(
-            "no mount namespace: {errno}; be root, or allow user namespaces"
+            "no mount namespace: {why}; be root, or allow user namespaces"
         ))
     };
-    match nix::sched::unshare(flags) {
-        Ok(()) => return Ok(()),
-        Err(nix::Error::EPERM) => {}
-        Err(errno) => return Err(refused(errno)),
+    match namespace::unshare(flags) {
+        Err(Errno::PERM) => namespace::own_user(flags).map_err(|error| refused(&error)),
+        other => other.map_err(|errno| refused(&errno)),
     }
-    let (uid, gid) = (
-        rustix::process::geteuid().as_raw(),
-        rustix::process::getegid().as_raw(),
-    );
-    nix::sched::unshare(flags | CloneFlags::CLONE_NEWUSER).map_err(refused)?;
-    for (file, text) in [
-        ("setgroups", "deny".to_owned()),
-        ("uid_map", format!("{uid} {uid} 1")),
-        ("gid_map", format!("{gid} {gid} 1")),
-    ] {
-        std::fs::write(format!("/proc/self/{file}"), text)
-            .map_err(|error| Fail::failed(format!("user namespace, {file}: {error}")))?;
-    }
-    Ok(())
-}
-
-/// Makes all mounts slaves of those outside.
-fn private() -> Result {
-    let slave = || {
-        mount_change(
-            "/",
-            MountPropagationFlags::REC | MountPropagationFlags::DOWNSTREAM,
-        )
-    };
-    let result = match slave() {
-        // The root is no mount point (a chroot): it becomes one.
-        Err(Errno::INVAL) => root_as_mount().and_then(|()| slave()),
-        other => other,
-    };
-    result.map_err(|errno| Fail::failed(format!("mount propagation: {errno}")))
-}
-
-fn root_as_mount() -> std::result::Result<(), Errno> {
-    let root = open_tree(
-        CWD,
-        "/",
-        OpenTreeFlags::OPEN_TREE_CLONE
-            | OpenTreeFlags::OPEN_TREE_CLOEXEC
-            | OpenTreeFlags::AT_RECURSIVE,
-    )?;
-    move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
-    rustix::process::fchdir(&root)?;
-    rustix::process::chroot(".")
 }
 
 /// A place that can be come back to when something else lies over it.

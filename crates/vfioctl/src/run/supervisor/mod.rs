@@ -22,7 +22,7 @@ mod task;
 
 use super::Places;
 use crate::fail::{Fail, Result};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -77,8 +77,8 @@ impl Waiting {
     }
 
     /// Puts this thread, and what it executes, under supervision. On return trapped calls are
-    /// answered.
-    pub(super) fn begin(self) -> Result {
+    /// answered. The supervisor keeps `lifeline` open as long as there is somebody to supervise.
+    pub(super) fn begin(self, lifeline: Option<BorrowedFd<'_>>) -> Result {
         let installed = calls::filter().install().map_err(refused)?;
         if !installed.wait_killable {
             eprintln!(
@@ -88,9 +88,9 @@ impl Waiting {
         }
         let failed = |errno: Errno| Fail::failed(format!("supervisor: {errno}"));
         let listener = OwnedFd::from(installed.listener);
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        let fds = [listener.as_fd()];
+        let fds: Vec<BorrowedFd<'_>> = [listener.as_fd()].into_iter().chain(lifeline).collect();
         ancillary.push(SendAncillaryMessage::ScmRights(&fds));
         let bytes = [IoSlice::new(b"L")];
         sendmsg(&self.socket, &bytes, &mut ancillary, SendFlags::NOSIGNAL).map_err(failed)?;
@@ -128,9 +128,11 @@ fn supervise(socket: OwnedFd, places: &Places) -> std::result::Result<(), Errno>
     sys::block_signals()?;
     let _ = rustix::process::chdir("/");
     let _ = raise_descriptor_limit();
-    let Some(listener) = receive(&socket)? else {
+    let mut received = receive(&socket)?.into_iter();
+    let Some(listener) = received.next() else {
         return Ok(());
     };
+    let _lifeline = received.next();
     let listener = Arc::new(Listener::from(listener));
     // Linux before 6.6 wakes whoever it likes.
     let _ = listener.set_sync_wake_up();
@@ -146,18 +148,21 @@ fn supervise(socket: OwnedFd, places: &Places) -> std::result::Result<(), Errno>
     pool.run()
 }
 
-/// The listener; `None` if it will not come.
-fn receive(socket: &OwnedFd) -> std::result::Result<Option<OwnedFd>, Errno> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+/// The listener and what is to be kept; nothing if it will not come.
+fn receive(socket: &OwnedFd) -> std::result::Result<Vec<OwnedFd>, Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0; 1];
     let mut bytes = [IoSliceMut::new(&mut byte)];
     recvmsg(socket, &mut bytes, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
-    let mut messages = ancillary.drain();
-    Ok(messages.find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
-        _ => None,
-    }))
+    let messages = ancillary.drain();
+    Ok(messages
+        .filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        })
+        .flatten()
+        .collect())
 }
 
 /// A command with many threads that open devices at once needs more than the usual 1024.
