@@ -272,7 +272,10 @@ impl Tree {
     fn device_owner(&self) -> Owner {
         match self.core.config().cdev {
             true => self.device,
-            false => Owner::root(0),
+            false => Owner {
+                mode: 0,
+                ..self.device
+            },
         }
     }
 
