@@ -14,6 +14,7 @@ use vfio_core::irq::pci::PciIrqs;
 use vfio_uapi::pci::Command;
 use vfio_uapi::pci::Status;
 use vfio_uapi::pci::class;
+use vfio_uapi::pci::config;
 use vfio_uapi::pci::id;
 
 use super::port::Line;
@@ -21,6 +22,8 @@ use super::port::Outlet;
 use super::spec::reg;
 use super::uart;
 use super::uart::ModemInputs;
+use super::uart::SAVED_LEN;
+use crate::pci_config;
 use crate::pci_config::Bar;
 use crate::pci_config::Msi;
 use crate::pci_config::PciConfig;
@@ -44,6 +47,12 @@ pub(super) struct Card {
 struct State {
     config: PciConfig,
     uarts: Vec<uart::State>,
+    /// What the far end of each port drives. A port that is stopped does not see it yet.
+    outside: Vec<ModemInputs>,
+    /// Whether bytes, modem inputs and interrupts move; see [`Card::stop`].
+    running: bool,
+    /// An interrupt has risen while stopped, and nobody was sent a message.
+    unsent: bool,
     /// Counts what may have changed the interrupt line; see [`Card::publish`].
     generation: u64,
 }
@@ -89,6 +98,9 @@ impl Card {
             state: Mutex::new(State {
                 config: config.build().expect("a fixed description, tested"),
                 uarts: vec![uart::State::new(); ports],
+                outside: vec![ModemInputs::default(); ports],
+                running: true,
+                unsent: false,
                 generation: 0,
             }),
         }
@@ -104,17 +116,29 @@ impl Card {
         self.lock().config.size()
     }
 
-    /// Reset as over the bus: registers and configuration, not what the far ends drive.
+    /// Reset as over the bus: registers and configuration, not what the far ends drive. A card
+    /// that is stopped stays so.
     pub(super) fn reset(&self) {
         let mut state = self.lock();
         let _ = state.config.reset();
         state.uarts.iter_mut().for_each(uart::State::reset);
+        state.unsent = false;
         state.generation += 1;
+    }
+
+    /// Reset, and running: however it was left.
+    pub(super) fn power_on(&self) {
+        self.reset();
+        self.lock().running = true;
     }
 
     /// What the far end of a port drives, without a change to report: it has been so all along.
     pub(super) fn preset_inputs(&self, port: usize, inputs: ModemInputs) {
-        if let Some(uart) = self.lock().uarts.get_mut(port) {
+        let mut state = self.lock();
+        if let Some(outside) = state.outside.get_mut(port) {
+            *outside = inputs;
+        }
+        if let Some(uart) = state.uarts.get_mut(port) {
             uart.set_inputs(inputs);
             uart.reset();
         }
@@ -191,7 +215,8 @@ impl Card {
             return Err(Errno::INVAL);
         }
         let mut done = 0;
-        self.change(irqs, port, wire, |uart, rose| {
+        self.change(irqs, port, wire, |uart, rose, running| {
+            let wire = if running { wire } else { Wire::Stay };
             for (register, n) in (start..reg::COUNT).zip(0..len) {
                 rose.step(uart, wire, |uart| f(uart, n, register));
                 done = n + 1;
@@ -200,25 +225,30 @@ impl Card {
         Ok(done)
     }
 
-    /// Lets `f` change a port, then tells the far end and the interrupts what came of it.
+    /// Lets `f` change a port, then tells the far end and the interrupts what came of it. `f` is
+    /// told whether the card runs; if not, no byte may move.
     fn change(
         &self,
         irqs: &PciIrqs,
         port: usize,
         wire: Wire<'_>,
-        f: impl FnOnce(&mut uart::State, &mut Rose),
+        f: impl FnOnce(&mut uart::State, &mut Rose, bool),
     ) {
         let mut rose = Rose(false);
         let mut room = false;
-        {
+        let running = {
             let mut state = self.lock();
             state.generation += 1;
+            let running = state.running;
             if let Some(uart) = state.uarts.get_mut(port) {
-                f(uart, &mut rose);
+                f(uart, &mut rose, running);
                 room = uart.can_receive();
             }
-        }
-        if let Wire::Out(outlet) = wire {
+            running
+        };
+        if let Wire::Out(outlet) = wire
+            && running
+        {
             outlet.flush();
             if room {
                 outlet.resume();
@@ -235,7 +265,8 @@ impl Card {
             let (level, generation) = {
                 let state = self.lock();
                 let silent = state.config.command().contains(Command::INTX_DISABLE);
-                (state.asserted() && !silent, state.generation)
+                let level = state.asserted() && !silent && state.running;
+                (level, state.generation)
             };
             irqs.set_level(level);
             if self.lock().generation == generation {
@@ -243,6 +274,18 @@ impl Card {
             }
         }
         if rose {
+            self.send(irqs);
+        }
+    }
+
+    /// Sends a message, now or when the card runs again.
+    fn send(&self, irqs: &PciIrqs) {
+        let running = {
+            let mut state = self.lock();
+            state.unsent |= !state.running;
+            state.running
+        };
+        if running {
             irqs.fire(0);
         }
     }
@@ -254,9 +297,97 @@ impl Card {
 
     /// Messages have just been enabled: what was pending then has not been told to anybody.
     pub(super) fn announce_pending(&self, irqs: &PciIrqs) {
-        if self.lock().asserted() {
-            irqs.fire(0);
+        let asserted = self.lock().asserted();
+        if asserted {
+            self.send(irqs);
         }
+    }
+
+    /// The far end of a port drives other modem inputs.
+    fn drive(&self, irqs: &PciIrqs, port: usize, inputs: ModemInputs) {
+        if let Some(outside) = self.lock().outside.get_mut(port) {
+            *outside = inputs;
+        }
+        self.change(irqs, port, Wire::Stay, |uart, rose, running| {
+            if running {
+                rose.step(uart, Wire::Stay, |uart| uart.set_inputs(inputs));
+            }
+        });
+    }
+
+    /// From here on nothing happens but by an access: what comes from the far ends waits there,
+    /// what is to be sent waits here, and the interrupt line is down.
+    pub(super) fn stop(&self, irqs: &PciIrqs) {
+        {
+            let mut state = self.lock();
+            state.running = false;
+            state.generation += 1;
+        }
+        self.publish(irqs, false);
+    }
+
+    /// Goes on: what has waited moves, and interrupts that are pending are raised. Harmless for a
+    /// card that runs.
+    pub(super) fn resume<'a>(&self, irqs: &PciIrqs, wire: impl Fn(usize) -> Wire<'a>) {
+        let (outside, unsent) = {
+            let mut state = self.lock();
+            state.running = true;
+            state.generation += 1;
+            (state.outside.clone(), std::mem::take(&mut state.unsent))
+        };
+        for (port, inputs) in outside.into_iter().enumerate() {
+            let wire = wire(port);
+            self.change(irqs, port, wire, |uart, rose, _| {
+                rose.step(uart, wire, |uart| uart.set_inputs(inputs));
+            });
+        }
+        self.publish(irqs, unsent);
+    }
+
+    /// Bytes that [`save`](Self::save) makes.
+    pub(super) fn saved_len(ports: usize) -> usize {
+        usize::from(config::SIZE) + ports * SAVED_LEN
+    }
+
+    /// The configuration space, then each port.
+    pub(super) fn save(&self) -> Vec<u8> {
+        let mut state = self.lock();
+        let asserted = state.asserted();
+        state.config.set_interrupt_status(asserted);
+        let mut saved = state.config.save().bytes;
+        for uart in &state.uarts {
+            saved.extend(uart.save());
+        }
+        saved
+    }
+
+    /// What [`save`](Self::save) made, all of it or nothing: `EINVAL` for bytes that are no state
+    /// of this card.
+    pub(super) fn restore(&self, saved: &[u8]) -> Result<(), Errno> {
+        let mut state = self.lock();
+        if saved.len() != Self::saved_len(state.uarts.len()) {
+            return Err(Errno::INVAL);
+        }
+        let (bytes, ports) = saved
+            .split_at_checked(usize::from(config::SIZE))
+            .ok_or(Errno::INVAL)?;
+        let (ports, _) = ports.as_chunks::<SAVED_LEN>();
+        let uarts = ports
+            .iter()
+            .map(uart::State::restore)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|error| {
+                tracing::warn!("mtty: a saved card is refused: {error}");
+                Errno::INVAL
+            })?;
+        let bytes = bytes.to_vec();
+        // The caller publishes the interrupt line when the card runs again.
+        let _ = state.config.restore(&pci_config::State { bytes })?;
+        state.uarts = uarts;
+        // Where it was saved a message may have been on its way.
+        state.unsent = state.asserted();
+        state.generation += 1;
+        Ok(())
     }
 }
 
@@ -301,7 +432,10 @@ impl Line for Guest {
     fn receive(&self, bytes: &[u8]) -> usize {
         let mut taken = 0;
         self.card
-            .change(&self.irqs, self.port, Wire::Stay, |uart, rose| {
+            .change(&self.irqs, self.port, Wire::Stay, |uart, rose, running| {
+                if !running {
+                    return;
+                }
                 rose.step(uart, Wire::Stay, |uart| {
                     taken = bytes.iter().take_while(|byte| uart.receive(**byte)).count();
                 });
@@ -311,9 +445,12 @@ impl Line for Guest {
 
     fn room(&self, outlet: &Outlet) {
         let wire = Wire::Out(outlet);
-        self.card.change(&self.irqs, self.port, wire, |uart, rose| {
-            rose.step(uart, wire, |_| {});
-        });
+        self.card
+            .change(&self.irqs, self.port, wire, |uart, rose, running| {
+                if running {
+                    rose.step(uart, wire, |_| {});
+                }
+            });
     }
 
     fn carrier(&self, present: bool) {
@@ -322,9 +459,6 @@ impl Line for Guest {
         } else {
             ModemInputs::default()
         };
-        self.card
-            .change(&self.irqs, self.port, Wire::Stay, |uart, rose| {
-                rose.step(uart, Wire::Stay, |uart| uart.set_inputs(inputs));
-            });
+        self.card.drive(&self.irqs, self.port, inputs);
     }
 }

@@ -5,9 +5,11 @@
 //!
 //! Unlike the sample, the configuration space has 256 bytes and bounds, regions that are not there
 //! have no flags, interrupt limits do not depend on an earlier call, INTx is a level, and there are
-//! an MSI capability and a request interrupt. Not emulated: the baud rate.
+//! an MSI capability and a request interrupt. A card migrates with its registers and what is in its
+//! FIFOs; where its ports lead does not. Not emulated: the baud rate.
 
 mod card;
+mod migrate;
 pub mod port;
 pub mod spec;
 pub mod uart;
@@ -22,6 +24,7 @@ use vfio_core::device::DeviceInfo;
 use vfio_core::device::DeviceOps;
 use vfio_core::device::InitCx;
 use vfio_core::device::IrqInfo;
+use vfio_core::device::Migratable;
 use vfio_core::device::OpenCx;
 use vfio_core::device::RegionInfo;
 use vfio_core::device::RegionPos;
@@ -356,6 +359,10 @@ impl DeviceOps for Mtty {
         session.map_or(RequestChannel::None, |session| session.irqs.request())
     }
 
+    fn migratable(&self) -> Option<&dyn Migratable<Session>> {
+        Some(self)
+    }
+
     fn attributes(&self) -> &'static [(&'static str, &'static str)] {
         const ALL: [(&str, &str); 3] = [
             ("vendor", "sample_mdev_dev"),
@@ -417,7 +424,7 @@ impl Mtty {
             msi: 1,
             msix: 0,
         }));
-        self.card.reset();
+        self.card.power_on();
         let mut connections = Vec::new();
         for (port, backend) in self.backends.iter().enumerate() {
             // Itself is always there; somebody else announces himself.

@@ -1,3 +1,5 @@
+mod migrate;
+
 use std::fs;
 use std::io::Read;
 use std::io::Write;
