@@ -47,7 +47,7 @@ impl Device {
         let file = self.open_cdev(opener)?;
         let group = self.vfio_group().ok_or(Errno::NODEV)?;
         let mut lease = Some(group.block()?);
-        let session = open_once_closed(self, &mut || {
+        let session = open_once_closed(self, false, &mut || {
             let binding = Box::new(Direct(Arc::clone(&dma)));
             let lease = lease.take().ok_or(Errno::BUSY)?;
             Ok(Some(Leased::boxed(binding, lease)))

@@ -80,7 +80,7 @@ impl DeviceFile {
             return Err(Errno::INVAL);
         }
         let context = caller.iommufd(bind.iommufd)?;
-        let session = open_once_closed(&device, &mut || {
+        let session = open_once_closed(&device, true, &mut || {
             let binding: Box<dyn Binding> = context.bind(&device)?;
             let lease = lease.take().ok_or(Errno::BUSY)?;
             Ok(Some(Leased::boxed(binding, lease)))
@@ -97,13 +97,18 @@ impl DeviceFile {
 /// Opens the driver's device. In the kernel `close()` returns when the device is closed; here the
 /// close comes as a message, and the kernel lets go of the backing file after it
 /// (`fs/fuse/file.c`, `fuse_file_put`). So who finds the device open by no file any more waits a
-/// moment for the end of that close, and only a mapping that outlives its file is `EINVAL`.
-pub(super) fn open_once_closed(device: &Device, bind: Bind<'_>) -> Result<Arc<dyn Session>> {
+/// moment for the end of that close, and then only a mapping that outlives its file is `EINVAL`.
+/// With `unheard` it waits as well while a file is open, whose close may be on its way.
+pub(super) fn open_once_closed(
+    device: &Device,
+    unheard: bool,
+    bind: Bind<'_>,
+) -> Result<Arc<dyn Session>> {
     let until = Instant::now() + device.head().core.config().close_grace;
     loop {
         let opened = Arc::clone(&device.0).open(false, bind);
         let is_closing =
-            || device.0.is_open() && !device.files().iter().any(|file| file.is_bound());
+            || device.0.is_open() && (unheard || !device.files().iter().any(|f| f.is_bound()));
         match opened {
             Err(Errno::INVAL) if Instant::now() < until && is_closing() => {
                 device.head().core.house().hurry();

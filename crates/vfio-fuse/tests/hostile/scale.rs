@@ -1,7 +1,7 @@
 //! Many devices, and too few descriptors.
 
 use crate::client::Client;
-use crate::scene::{Bystander, Session, alone, descriptors, host, threads};
+use crate::scene::{Bystander, Session, alone, descriptors, host, settles, threads};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -19,11 +19,10 @@ fn ten_thousand_at_rest() {
         let listed = std::fs::read_dir(&dir).unwrap().count();
         assert_eq!(listed, MANY);
         assert!(std::fs::metadata(host.node(MANY as u32 - 1)).is_ok());
-        assert_eq!(
-            (descriptors(), threads()),
-            before,
-            "a device at rest has no descriptor and no thread"
-        );
+        // A device at rest has no descriptor and no thread; a thread that took long over the list has
+        // a substitute for a moment.
+        settles("descriptors", before.0, descriptors);
+        settles("threads", before.1, threads);
         let begun = Instant::now();
         let s = Session::start(&host, 7777);
         assert!(s.client.pread(s.device, s.registers, 8).is_ok());
