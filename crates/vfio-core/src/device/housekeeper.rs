@@ -18,6 +18,7 @@ const LINGER: (Duration, Duration) = (Duration::from_millis(2), Duration::from_m
 pub(crate) struct Housekeeper {
     state: Mutex<State>,
     changed: Condvar,
+    looked: Condvar,
 }
 
 #[derive(Default)]
@@ -25,6 +26,10 @@ struct State {
     running: bool,
     asks: Vec<Ask>,
     lingering: Vec<Linger>,
+    /// A look at those that linger is under way, with the list unlocked.
+    looking: bool,
+    /// How many looks have ended.
+    looks: u64,
 }
 
 struct Ask {
@@ -101,13 +106,27 @@ impl Housekeeper {
         self.start(state);
     }
 
-    /// Looks at once whether what is kept must still be.
-    pub(crate) fn hurry(&self) {
+    /// Looks at once whether what is kept must still be. On return a look has ended that began after
+    /// the call, unless nothing is kept or it took longer than `patience`: on a busy machine with
+    /// many processes it may take long.
+    pub(crate) fn look(&self, patience: Duration) {
         let now = Instant::now();
-        for linger in &mut self.state().lingering {
+        let mut state = self.state();
+        for linger in &mut state.lingering {
             linger.next = now;
         }
+        let wanted = state.looks + 1 + u64::from(state.looking);
         self.changed.notify_all();
+        while (state.looking || !state.lingering.is_empty()) && state.looks < wanted {
+            let left = patience.saturating_sub(now.elapsed());
+            if left.is_zero() {
+                return;
+            }
+            (state, _) = self
+                .looked
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     fn start(self: &Arc<Self>, mut state: MutexGuard<'_, State>) {
@@ -158,6 +177,8 @@ impl Housekeeper {
                 .collect();
             if !(done.is_empty() && requests.is_empty() && late.is_empty() && due.is_empty()) {
                 // Callbacks run, and things are dropped, with the list unlocked.
+                let looks = !due.is_empty();
+                state.looking = looks;
                 drop(state);
                 drop(done);
                 for (device, count) in requests {
@@ -189,6 +210,11 @@ impl Housekeeper {
                 }
                 state = self.state();
                 state.lingering.append(&mut again);
+                if looks {
+                    state.looking = false;
+                    state.looks += 1;
+                    self.looked.notify_all();
+                }
                 continue;
             }
             let next = state

@@ -24,6 +24,9 @@ use vfio_uapi::device::{
 use vfio_uapi::dialect::{iommufd, vfio};
 use vfio_uapi::ioctl::DeviceIoctl;
 
+/// How long BIND waits for a look whether somebody maps the device although nobody has it open.
+const LOOK: Duration = Duration::from_secs(2);
+
 impl DeviceFile {
     /// An ioctl. Returns what the client's `ioctl()` returns. Before BIND everything but BIND is
     /// `EINVAL`; a number nobody knows is `ENOTTY`; a file that was cut off gets `ENODEV`.
@@ -104,17 +107,30 @@ pub(super) fn open_once_closed(
     unheard: bool,
     bind: Bind<'_>,
 ) -> Result<Arc<dyn Session>> {
-    let until = Instant::now() + device.head().core.config().close_grace;
+    let core = &device.head().core;
+    let until = Instant::now() + core.config().close_grace;
+    let mut looked = false;
     loop {
-        let opened = Arc::clone(&device.0).open(false, bind);
-        let is_closing =
-            || device.0.is_open() && (unheard || !device.files().iter().any(|f| f.is_bound()));
-        match opened {
-            Err(Errno::INVAL) if Instant::now() < until && is_closing() => {
-                device.head().core.house().hurry();
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            opened => return opened,
+        let mut was_closed = false;
+        let opened = Arc::clone(&device.0).open(false, &mut || {
+            was_closed = true;
+            bind()
+        });
+        // What the context or the driver says of a device that nobody had open is final.
+        if was_closed || !matches!(opened, Err(Errno::INVAL)) {
+            return opened;
+        }
+        if !device.0.is_open() && Instant::now() < until {
+            // It has ended just now.
+            continue;
+        }
+        let has_file = device.files().iter().any(|file| file.is_bound());
+        if !has_file && !std::mem::replace(&mut looked, true) {
+            core.house().look(LOOK);
+        } else if (unheard || !has_file) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        } else {
+            return opened;
         }
     }
 }
