@@ -16,8 +16,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vfio_core::device::{
-    Device, DeviceInfo, DeviceOps, Dma, GroupType, InitCx, IrqInfo, OpenCx, RegionCap, RegionInfo,
-    RegionMemory, RegionPos, RequestChannel,
+    Device, DeviceInfo, DeviceOps, Dma, Form, GroupType, InitCx, IrqInfo, Migratable, OpenCx,
+    RegionCap, RegionInfo, RegionMemory, RegionPos, RequestChannel, StepError,
 };
 use vfio_core::irq::SetIrqs;
 use vfio_core::irq::pci::{Counts, PciIrqs};
@@ -62,6 +62,7 @@ pub struct Seen {
     /// Held by a test to keep `STUCK` waiting.
     pub gate: Mutex<()>,
     pub stuck: AtomicU32,
+    pub stopped: AtomicU32,
 }
 
 #[derive(Debug)]
@@ -252,8 +253,47 @@ impl DeviceOps for Probe {
         session.map_or(RequestChannel::None, |session| session.irqs.request())
     }
 
+    fn migratable(&self) -> Option<&dyn Migratable<Session>> {
+        Some(self)
+    }
+
     fn dma_unmap(&self, _session: &Session, iova: u64, len: u64) {
         self.0.unmapped.lock().unwrap().push((iova, len));
+    }
+}
+
+/// Its state is what its registers hold.
+impl Migratable<Session> for Probe {
+    fn form(&self) -> Form {
+        Form {
+            kind: "probe".into(),
+            version: 1,
+            oldest: 1,
+            max_len: REGISTERS as usize,
+            p2p: false,
+            pre_copy: true,
+        }
+    }
+
+    fn stop(&self, _session: &Session) -> Result<(), StepError> {
+        self.0.stopped.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn resume(&self, _session: &Session) -> Result<(), StepError> {
+        Ok(())
+    }
+
+    fn save(&self, session: &Session) -> Result<Vec<u8>, StepError> {
+        Ok(session.registers.lock().unwrap().clone())
+    }
+
+    fn restore(&self, session: &Session, _version: u32, state: &[u8]) -> Result<(), StepError> {
+        if state.len() != REGISTERS as usize {
+            return Err(Errno::INVAL.into());
+        }
+        session.registers.lock().unwrap().copy_from_slice(state);
+        Ok(())
     }
 }
 
