@@ -158,6 +158,10 @@ impl GroupFile {
         let mut fd = [0; 4];
         caller.copy_in(arg, &mut fd)?;
         let file = caller.file(i32::from_ne_bytes(fd))?;
+        let native = matches!(file, FileObject::Container(_));
+        let in_use =
+            |state: &State| native && state.iommufd > 0 && matches!(state.backend, Backend::None);
+        drop(self.group.settled(|state| !in_use(state)));
         let mut state = self.state()?;
         if !matches!(state.backend, Backend::None) {
             return Err(Errno::INVAL);
@@ -166,7 +170,7 @@ impl GroupFile {
         match file {
             // A member that somebody left open through an iommufd would be joined without the
             // container knowing. The kernel lets it, and its books are wrong from there on.
-            FileObject::Container(_) if state.iommufd > 0 => return Err(Errno::BUSY),
+            FileObject::Container(_) if in_use(&state) => return Err(Errno::BUSY),
             FileObject::Container(_) | FileObject::Iommufd(_) => {}
             _ => return Err(Errno::BADFD),
         }

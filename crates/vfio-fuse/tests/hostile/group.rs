@@ -359,3 +359,46 @@ fn arguments_that_never_answer() {
         beside.end();
     });
 }
+
+/// `/dev/iommu` as the container, in both modes of type1 and without any; all on one context.
+#[test]
+fn a_session_by_group_through_an_iommufd() {
+    alone!("a_session_by_group_through_an_iommufd", || {
+        let Some(host) = host("a_session_by_group_through_an_iommufd") else {
+            return;
+        };
+        let (_device, seen) = host.device("one");
+        let c = Client::start();
+        for mode in [None, Some(1), Some(TYPE1_V2)] {
+            let iommufd = c.open(&host.iommu()).unwrap();
+            let group = c.open(&host.group(0)).unwrap();
+            c.set_container(group, iommufd).unwrap();
+            if let Some(mode) = mode {
+                c.ioctl_at(iommufd, SET_IOMMU, mode).unwrap();
+            }
+            assert_eq!(c.group_status(group), Ok(3));
+            let device = open_found(&host, &c, group, b"one").unwrap();
+            let memory = c.arena + 65536;
+            c.map_dma(iommufd, memory, 65536, 0x10_0000).unwrap();
+            c.poke(memory + 64, &0x7777_u64.to_ne_bytes());
+            assert_eq!(dma_read(&c, device, 0x10_0040), Ok(0x7777));
+            assert_eq!(c.attach(device, 1), Err(libc::ENOTTY));
+            // The group goes, the device stays with its context; so does what is mapped.
+            c.close(group);
+            c.close(iommufd);
+            let again = c.open(&host.group(0)).unwrap();
+            assert_eq!(dma_read(&c, device, 0x10_0040), Ok(0x7777));
+            let container = c.open(&host.container()).unwrap();
+            assert_eq!(c.set_container(again, container), Err(libc::EBUSY));
+            c.close(device);
+            assert_eq!(
+                c.set_container(again, container),
+                Ok(0),
+                "right after the close"
+            );
+            c.close(again);
+            c.close(container);
+        }
+        crate::common::until("the last close", || seen.closed.load(Ordering::SeqCst) == 3);
+    });
+}

@@ -27,6 +27,7 @@ enum Step {
     OpenGroup(usize),
     CloseGroup(usize),
     SetContainer(usize, usize),
+    SetIommufd(usize, usize),
     UnsetContainer(usize),
     OpenDevice(usize),
     OpenNode(usize),
@@ -42,6 +43,7 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (0..MEMBERS.len()).prop_map(Step::OpenGroup),
         2 => (0..MEMBERS.len()).prop_map(Step::CloseGroup),
         3 => (0..MEMBERS.len(), 0..CONTAINERS).prop_map(|(g, c)| Step::SetContainer(g, c)),
+        2 => (0..MEMBERS.len(), 0..CONTEXTS).prop_map(|(g, i)| Step::SetIommufd(g, i)),
         2 => (0..MEMBERS.len()).prop_map(Step::UnsetContainer),
         6 => (0..DEVICES).prop_map(Step::OpenDevice),
         2 => (0..DEVICES).prop_map(Step::OpenNode),
@@ -54,8 +56,29 @@ fn step() -> impl Strategy<Value = Step> {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Use {
     Nothing,
-    Group,
+    /// Of a group, through a container.
+    Contained,
+    /// Of a group, through a context.
+    Compat(usize),
     Bound(usize),
+}
+
+impl Use {
+    fn is_by_group(self) -> bool {
+        matches!(self, Use::Contained | Use::Compat(_))
+    }
+
+    /// Through another context than this.
+    fn is_elsewhere(self, context: usize) -> bool {
+        matches!(self, Use::Compat(other) | Use::Bound(other) if other != context)
+    }
+}
+
+/// What a group has as its container.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Set {
+    Container(usize),
+    Iommufd(usize),
 }
 
 /// What should be.
@@ -64,7 +87,7 @@ struct Model {
     /// Which groups are in it, and whether it has a backend. Nobody may have its file any more.
     containers: [(BTreeSet<usize>, bool); CONTAINERS],
     /// Open (a descriptor exists), and the container it is in.
-    groups: [Option<(bool, Option<usize>)>; 3],
+    groups: [Option<(bool, Option<Set>)>; 3],
     files: Vec<(usize, Use)>,
     sessions: [u32; DEVICES],
 }
@@ -76,20 +99,23 @@ impl Model {
             .any(|(of, used)| *of == device && by(*used))
     }
 
-    /// Members open through the group.
+    /// How many members are open in a way.
+    fn members(&self, group: usize, by: impl Fn(Use) -> bool + Copy) -> u32 {
+        let members = MEMBERS[group].iter();
+        members.filter(|device| self.is_open(**device, by)).count() as u32
+    }
+
     fn kept(&self, group: usize) -> bool {
-        let mut members = MEMBERS[group].iter();
-        members.any(|device| self.is_open(*device, |used| used == Use::Group))
+        self.members(group, |used| used == Use::Contained) > 0
     }
 
     fn bound(&self, group: usize) -> bool {
-        let mut members = MEMBERS[group].iter();
-        members.any(|device| self.is_open(*device, |used| matches!(used, Use::Bound(_))))
+        self.members(group, |used| matches!(used, Use::Bound(_))) > 0
     }
 
     fn leave(&mut self, group: usize) {
-        if let Some((_, container)) = &mut self.groups[group]
-            && let Some(container) = container.take()
+        if let Some((_, set)) = &mut self.groups[group]
+            && let Some(Set::Container(container)) = set.take()
         {
             let (members, backend) = &mut self.containers[container];
             members.remove(&group);
@@ -208,8 +234,22 @@ fn make(real: &mut Real, model: &mut Model, step: Step) -> (Result, Result) {
             if let Some((_, Some(_))) = model.groups[g] {
                 return (said, Err(Errno::INVAL));
             }
-            model.groups[g] = Some((true, Some(c)));
+            if model.members(g, |used| matches!(used, Use::Compat(_))) > 0 {
+                return (said, Err(Errno::BUSY));
+            }
+            model.groups[g] = Some((true, Some(Set::Container(c))));
             model.containers[c].0.insert(g);
+            (said, Ok(()))
+        }
+        Step::SetIommufd(g, i) => {
+            let Some(file) = &real.groups[g] else {
+                return nothing;
+            };
+            let said = world.set_container(file, real.contexts[i].0).map(drop);
+            if let Some((_, Some(_))) = model.groups[g] {
+                return (said, Err(Errno::INVAL));
+            }
+            model.groups[g] = Some((true, Some(Set::Iommufd(i))));
             (said, Ok(()))
         }
         Step::UnsetContainer(g) => {
@@ -220,7 +260,8 @@ fn make(real: &mut Real, model: &mut Model, step: Step) -> (Result, Result) {
             if !matches!(model.groups[g], Some((_, Some(_)))) {
                 return (said, Err(Errno::INVAL));
             }
-            if model.kept(g) {
+            let native = matches!(model.groups[g], Some((_, Some(Set::Container(_)))));
+            if native && model.kept(g) {
                 return (said, Err(Errno::BUSY));
             }
             model.leave(g);
@@ -232,15 +273,28 @@ fn make(real: &mut Real, model: &mut Model, step: Step) -> (Result, Result) {
                 return nothing;
             };
             let said = world.open_device(file, &format!("d{d}"));
-            let ready = matches!(model.groups[g], Some((_, Some(c))) if model.containers[c].1);
-            if ready {
-                if !model.is_open(d, |used| used == Use::Group) {
-                    model.sessions[d] += 1;
+            let set = model.groups[g].and_then(|(_, set)| set);
+            let session = model
+                .files
+                .iter()
+                .find(|(of, used)| *of == d && used.is_by_group());
+            let should = match (session, set) {
+                (_, None) => Err(Errno::INVAL),
+                (Some((_, used)), Some(_)) => Ok(*used),
+                (None, Some(Set::Container(c))) if !model.containers[c].1 => Err(Errno::INVAL),
+                (None, Some(Set::Container(_))) => Ok(Use::Contained),
+                (None, Some(Set::Iommufd(i)))
+                    if g == HARDWARE && model.members(g, |used| used.is_elsewhere(i)) > 0 =>
+                {
+                    Err(Errno::PERM)
                 }
-                model.files.push((d, Use::Group));
+                (None, Some(Set::Iommufd(i))) => Ok(Use::Compat(i)),
+            };
+            if let Ok(used) = should {
+                model.sessions[d] += u32::from(session.is_none());
+                model.files.push((d, used));
             }
-            let should = if ready { Ok(()) } else { Err(Errno::INVAL) };
-            (said.map(|file| real.files.push(file)), should)
+            (said.map(|file| real.files.push(file)), should.map(|_| ()))
         }
         Step::OpenNode(d) => {
             let said = real.device(d).open_cdev(opener());
@@ -255,18 +309,13 @@ fn make(real: &mut Real, model: &mut Model, step: Step) -> (Result, Result) {
             let said = world.bind_file(&real.files[f], real.contexts[i].0);
             let (d, used) = model.files[f];
             let g = group_of(d);
-            let elsewhere = |used: Use| matches!(used, Use::Bound(other) if other != i);
             let should = if used != Use::Nothing {
                 Err(Errno::INVAL)
             } else if model.groups[g].is_some() {
                 Err(Errno::BUSY)
             } else if model.is_open(d, |used| used != Use::Nothing) {
                 Err(Errno::INVAL)
-            } else if g == HARDWARE
-                && MEMBERS[g]
-                    .iter()
-                    .any(|member| model.is_open(*member, elsewhere))
-            {
+            } else if g == HARDWARE && model.members(g, |used| used.is_elsewhere(i)) > 0 {
                 Err(Errno::PERM)
             } else {
                 model.files[f].1 = Use::Bound(i);
@@ -292,9 +341,9 @@ fn agree(real: &Real, model: &Model) -> Result<(), TestCaseError> {
     for (g, state) in model.groups.iter().enumerate() {
         let group = real.group(g);
         prop_assert_eq!(group.opener().is_some(), state.is_some());
-        let open = |d: &&usize| model.is_open(**d, |used| used == Use::Group);
-        let kept = MEMBERS[g].iter().filter(open).count() as u32;
-        prop_assert_eq!(group.opened_devices(), (kept, 0));
+        let kept = model.members(g, |used| used == Use::Contained);
+        let compat = model.members(g, |used| matches!(used, Use::Compat(_)));
+        prop_assert_eq!(group.opened_devices(), (kept, compat));
         if let Some(file) = &real.groups[g] {
             let is_set = matches!(state, Some((_, Some(_))));
             let flags = real.world.status(file).unwrap();

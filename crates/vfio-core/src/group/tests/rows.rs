@@ -9,7 +9,10 @@ use crate::irq::SetIrqs;
 use crate::model::BusDevice;
 use std::sync::atomic::Ordering;
 use vfio_uapi::device::InfoFlags;
-use vfio_uapi::ioctl::{VFIO_DEVICE_ATTACH_IOMMUFD_PT, VFIO_DEVICE_DETACH_IOMMUFD_PT};
+use vfio_uapi::ioctl::{
+    IOMMU_VFIO_IOAS, VFIO_DEVICE_ATTACH_IOMMUFD_PT, VFIO_DEVICE_DETACH_IOMMUFD_PT,
+};
+use vfio_uapi::iommufd::{VfioIoas, vfio_ioas_op};
 
 #[test]
 fn who_may_open_a_group() {
@@ -535,4 +538,103 @@ fn one_group_for_all_of_an_iommu_group() {
     assert!(pool.by_minor(0).is_some());
     assert!(pool.leave(&group));
     assert!(pool.by_minor(0).is_none() && pool.all().is_empty());
+}
+
+#[test]
+fn an_iommufd_as_container() {
+    let world = World::new();
+    let (one, seen, group) = world.emulated("one");
+    let (fd, context) = world.context();
+    let (other, _other) = world.context();
+    let (native, container) = world.container();
+    let file = group.open(opener()).unwrap();
+    world.set_container(&file, fd).unwrap();
+    assert_eq!(
+        world.status(&file),
+        Ok(StatusFlags::VIABLE | StatusFlags::CONTAINER_SET)
+    );
+    assert_eq!(world.set_container(&file, fd), Err(Errno::INVAL));
+    // No SET_IOMMU is needed.
+    let open = world.open_device(&file, "one").unwrap();
+    assert_eq!(group.opened_devices(), (0, 1));
+    for command in [VFIO_DEVICE_ATTACH_IOMMUFD_PT, VFIO_DEVICE_DETACH_IOMMUFD_PT] {
+        assert_eq!(open.ioctl(command, 8, &world.us), Err(Errno::NOTTY));
+    }
+    // The context is forgotten although the device is open; the device is not.
+    world.unset_container(&file).unwrap();
+    assert_eq!(world.unset_container(&file), Err(Errno::INVAL));
+    assert_eq!(world.open_device(&file, "one").unwrap_err(), Errno::INVAL);
+    assert_eq!(open.read(0, &mut [0; 4]), Ok(4));
+    // A native container would not know of it.
+    assert_eq!(world.set_container(&file, native), Err(Errno::BUSY));
+    // The group's file is kept by nobody.
+    file.release();
+    let file = group.open(opener()).unwrap();
+    assert_eq!(world.bind(one.device(), fd).unwrap_err(), Errno::BUSY);
+    assert_eq!(world.set_container(&file, native), Err(Errno::BUSY));
+    world.set_container(&file, other).unwrap();
+    let second = world.open_device(&file, "one").unwrap();
+    assert_eq!(group.opened_devices(), (0, 1), "the same session");
+    file.release();
+    assert_eq!(
+        world.bind(one.device(), fd).unwrap_err(),
+        Errno::INVAL,
+        "nobody has the group open, but the device is"
+    );
+    open.release();
+    assert_eq!(seen.closes.load(Ordering::SeqCst), 0);
+    second.release();
+    assert_eq!(seen.closes.load(Ordering::SeqCst), 1);
+    let file = group.open(opener()).unwrap();
+    world.set_container(&file, native).unwrap();
+    world.set_iommu(&container).unwrap();
+    world.unset_container(&file).unwrap();
+    // A dead group remembers its context.
+    world.set_container(&file, fd).unwrap();
+    one.unregister().wait();
+    assert_eq!(world.status(&file), Err(Errno::NODEV));
+    assert_eq!(world.set_container(&file, native), Err(Errno::INVAL));
+    world.unset_container(&file).unwrap();
+    assert_eq!(world.unset_container(&file), Err(Errno::INVAL));
+    assert_eq!(world.set_container(&file, native), Err(Errno::NODEV));
+    context.close();
+}
+
+#[test]
+fn an_iommufd_without_its_ioas() {
+    let world = World::new();
+    let (_one, seen, group) = world.emulated("one");
+    let (fd, context) = world.context();
+    let file = group.open(opener()).unwrap();
+    world.set_container(&file, fd).unwrap();
+    let mut clear = VfioIoas {
+        size: 12,
+        ioas_id: 0,
+        op: vfio_ioas_op::CLEAR,
+        reserved: 0,
+    };
+    let arg = address(clear.as_mut_bytes());
+    context.ioctl(IOMMU_VFIO_IOAS, arg, &world.us).unwrap();
+    assert_eq!(world.open_device(&file, "one").unwrap_err(), Errno::NODEV);
+    assert_eq!(group.opened_devices(), (0, 0));
+    assert_eq!(seen.closes.load(Ordering::SeqCst), 0);
+    // Two members of hardware, two contexts.
+    let iommu = world.hardware();
+    let (card, _) = device(&world.core, "card", Some(&iommu));
+    let (function, _) = device(&world.core, "function", Some(&iommu));
+    let group = card.device().vfio_group().unwrap();
+    let (other, _other) = world.context();
+    let file = group.open(opener()).unwrap();
+    world.set_container(&file, other).unwrap();
+    let open = world.open_device(&file, "card").unwrap();
+    world.unset_container(&file).unwrap();
+    world.set_container(&file, fd).unwrap();
+    assert_eq!(
+        world.open_device(&file, "function").unwrap_err(),
+        Errno::PERM
+    );
+    open.release();
+    let open = world.open_device(&file, "function").unwrap();
+    open.release();
+    drop(function);
 }
