@@ -1,5 +1,6 @@
 //! What the end-to-end tests share: starting a daemon, finding the built programs, guests.
 
+pub mod card;
 mod console;
 pub mod daemon;
 pub mod guest;
