@@ -14,6 +14,7 @@ mod core;
 pub mod device;
 mod dma;
 pub mod event;
+mod few;
 pub mod group;
 pub mod index;
 pub mod iommufd;

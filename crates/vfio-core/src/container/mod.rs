@@ -9,7 +9,7 @@
 //!
 //! Two locks, in this order, each held for lookups and changes only: the container's (its groups
 //! and its backend), then the backend's. While client memory is read or written none is held; see
-//! [`crate::dma`] for what keeps an area meanwhile.
+//! `dma` for what keeps an area meanwhile.
 //!
 //! Differences from the kernel are those of [`crate::iommufd`]: nothing is pinned, and an unmap of
 //! memory that an access hangs on ends with `EBUSY`. A group of hardware makes a bad address fail

@@ -34,6 +34,7 @@ pub(crate) use table::Groups;
 
 use crate::container::Attached;
 use crate::device::{Device, GroupType, Opener};
+use crate::few::Few;
 use crate::index::Index;
 use crate::iommufd::Joined;
 use crate::model::IommuGroup;
@@ -59,9 +60,8 @@ pub struct Group {
     kind: GroupType,
     id: u32,
     minor: Index,
-    close_grace: Duration,
-    /// In the order of their register.
-    devices: Mutex<Vec<Device>>,
+    /// [`Config::close_grace`](crate::Config::close_grace), in milliseconds.
+    close_grace: u32,
     state: Mutex<State>,
     /// Something was given back.
     changed: Condvar,
@@ -73,9 +73,11 @@ struct State {
     iommu: Option<Arc<IommuGroup>>,
     /// Registered devices in it, up to the end of their unregister.
     drivers: u32,
-    /// The one open file.
-    open: Option<Open>,
+    /// The one open file; boxed, since most groups have none.
+    open: Option<Box<Open>>,
     backend: Backend,
+    /// Registered devices whose unregister has not begun, in the order of their register.
+    devices: Few<Device>,
     /// Binds of members through their own nodes, in progress or done.
     cdev: u32,
     /// Members that are open through an iommufd.
@@ -121,13 +123,13 @@ impl Group {
             kind,
             id: iommu.id(),
             minor,
-            close_grace,
-            devices: Mutex::default(),
+            close_grace: u32::try_from(close_grace.as_millis()).unwrap_or(u32::MAX),
             state: Mutex::new(State {
                 iommu: Some(Arc::clone(iommu)),
                 drivers: 1,
                 open: None,
                 backend: Backend::None,
+                devices: Few::default(),
                 cdev: 0,
                 iommufd: 0,
                 waiters: 0,
@@ -169,8 +171,8 @@ impl Group {
     /// The registered devices in it, newest first, as a lookup by name visits them. One whose
     /// unregister has begun is not among them.
     pub fn devices(&self) -> Vec<Device> {
-        let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        devices.iter().rev().cloned().collect()
+        let state = self.state();
+        state.devices.iter().rev().cloned().collect()
     }
 
     /// True until the last device's unregister has ended.
@@ -205,12 +207,12 @@ impl Group {
             return Err(Errno::BUSY);
         }
         let id = next();
-        state.open = Some(Open {
+        state.open = Some(Box::new(Open {
             id,
             opener,
             fds: true,
             kept: 0,
-        });
+        }));
         Ok(Arc::new(GroupFile::new(self, id)))
     }
 
@@ -233,7 +235,7 @@ impl Group {
             return state;
         }
         state.waiters += 1;
-        let end = Instant::now() + self.close_grace;
+        let end = Instant::now() + Duration::from_millis(self.close_grace.into());
         loop {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() || free(&state) {
@@ -277,22 +279,13 @@ impl Group {
 
     /// A device is registered: names lead to it from now on.
     pub(crate) fn add(&self, device: &Device) {
-        let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        if devices.is_empty() {
-            // Most groups stay at one.
-            devices.reserve_exact(1);
-        }
-        devices.push(device.clone());
+        self.state().devices.push(device.clone());
     }
 
     /// Its unregister begins.
     pub(crate) fn remove(&self, device: &Device) {
-        let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = devices
-            .iter()
-            .position(|there| there.serial() == device.serial());
-        let gone = at.map(|at| devices.remove(at));
-        drop(devices);
+        let is_it = |there: &Device| there.serial() == device.serial();
+        let gone = self.state().devices.take_first(is_it);
         drop(gone);
     }
 }

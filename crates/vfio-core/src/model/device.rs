@@ -10,7 +10,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 /// What a device's `subsystem` link leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -196,10 +196,6 @@ impl BusDevice {
         *slot = Some(Arc::clone(group));
         drop(slot);
         let mut devices = group.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        if devices.is_empty() {
-            // Most groups stay at one.
-            devices.reserve_exact(1);
-        }
         devices.push(Arc::downgrade(self));
         Ok(())
     }
@@ -209,9 +205,10 @@ impl BusDevice {
         let group = write(&self.group).take();
         if let Some(group) = group {
             let mut devices = group.devices.lock().unwrap_or_else(PoisonError::into_inner);
-            devices.retain(|device| {
-                device.strong_count() > 0 && device.as_ptr() != ptr::from_ref(self)
-            });
+            let gone = |device: &Weak<BusDevice>| {
+                device.strong_count() == 0 || device.as_ptr() == ptr::from_ref(self)
+            };
+            while devices.take_first(gone).is_some() {}
         }
     }
 

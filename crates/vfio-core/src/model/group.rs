@@ -1,21 +1,26 @@
 //! IOMMU groups (`drivers/iommu/iommu.c`).
 
 use super::BusDevice;
+use crate::few::Few;
 use crate::group::Group;
 use crate::index::{Index, IndexPool};
 use crate::{Errno, Result};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+
+/// What `type` can read.
+const DOMAINS: [&str; 4] = ["unknown", "DMA", "identity", "DMA-FQ"];
 
 /// An IOMMU group: `/sys/kernel/iommu_groups/N`. It exists as long as a device is in it.
 #[derive(Debug)]
 pub struct IommuGroup {
     name: Option<&'static str>,
-    /// What a `default_domain` would say; a group without a name has one.
-    domain: Mutex<&'static str>,
+    /// What a `default_domain` would say, one of [`DOMAINS`]; a group without a name has one.
+    domain: AtomicU8,
     reserved: Box<[ReservedRegion]>,
     /// Who may program its DMA, and with how many of its devices.
     dma_owner: Mutex<Option<(u64, u32)>>,
-    pub(super) devices: Mutex<Vec<Weak<BusDevice>>>,
+    pub(super) devices: Mutex<Few<Weak<BusDevice>>>,
     /// The VFIO group of its devices, while one of them is registered.
     vfio: Mutex<Weak<Group>>,
     groups: Weak<RwLock<Vec<Weak<IommuGroup>>>>,
@@ -121,16 +126,17 @@ impl IommuGroup {
     /// The text of `type`, without newline: `unknown` for a group without a default domain, as
     /// that of a software device.
     pub(crate) fn domain(&self) -> &'static str {
-        *self.domain.lock().unwrap_or_else(PoisonError::into_inner)
+        let domain = self.domain.load(Ordering::Acquire);
+        DOMAINS[usize::from(domain).min(DOMAINS.len() - 1)]
     }
 
     /// A write to `type` (`iommu_group_store_type`): `EINVAL` for a group without a default
     /// domain and for an unknown word, `EPERM` while one of its devices is open.
     pub(crate) fn set_domain(&self, word: &str) -> Result {
         let wanted = match word {
-            "identity" => "identity",
-            "DMA" | "auto" => "DMA",
-            "DMA-FQ" => "DMA-FQ",
+            "identity" => 2,
+            "DMA" | "auto" => 1,
+            "DMA-FQ" => 3,
             _ => return Err(Errno::INVAL),
         };
         if self.name.is_some() {
@@ -140,7 +146,7 @@ impl IommuGroup {
         if self.is_dma_owned() || self.devices().into_iter().any(owned) {
             return Err(Errno::PERM);
         }
-        *self.domain.lock().unwrap_or_else(PoisonError::into_inner) = wanted;
+        self.domain.store(wanted, Ordering::Release);
         Ok(())
     }
 }
@@ -228,7 +234,7 @@ impl IommuGroups {
         let at = index.get() as usize;
         let group = Arc::new(IommuGroup {
             name,
-            domain: Mutex::new(if name.is_some() { "unknown" } else { "DMA" }),
+            domain: AtomicU8::new(u8::from(name.is_none())),
             reserved,
             dma_owner: Mutex::default(),
             devices: Mutex::default(),
