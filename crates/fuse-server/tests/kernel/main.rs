@@ -216,11 +216,12 @@ fn raw_ioctl_numbers_bring_their_argument_and_sized_ones_their_bytes() {
     assert_eq!(result, 42);
     assert_eq!(
         caller.load(Ordering::SeqCst),
-        rustix::thread::gettid()
-            .as_raw_nonzero()
-            .get()
-            .unsigned_abs()
-            .into()
+        u64::from(
+            rustix::thread::gettid()
+                .as_raw_nonzero()
+                .get()
+                .unsigned_abs()
+        )
     );
     // SAFETY: as above.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), 0x3b65, 0) };
