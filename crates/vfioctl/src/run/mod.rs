@@ -185,7 +185,14 @@ fn unshare(flags: CloneFlags) -> Result {
         ))
     };
     match namespace::unshare(flags) {
-        Err(Errno::PERM) => namespace::own_user(flags).map_err(|error| refused(&error)),
+        Err(Errno::PERM) => {
+            namespace::own_user(flags).map_err(|error| refused(&error))?;
+            eprintln!(
+                "vfioctl: the command runs in a user namespace, where sudo and other setuid programs \
+                 get no privileges: that is why they fail"
+            );
+            Ok(())
+        }
         other => other.map_err(|errno| refused(&errno)),
     }
 }

@@ -461,3 +461,44 @@ fn kvm_accepts_our_files() {
     client.end();
     nobody_has_it(&daemon);
 }
+
+/// In a user namespace, with a daemon that is root's.
+#[test]
+fn an_ordinary_user_is_supervised() {
+    const NOBODY: u32 = 65534;
+    if !rustix::process::geteuid().is_root() {
+        vfiod_tests::skip("only root can become somebody else");
+        return;
+    }
+    let config = format!(
+        "[nodes]\nowner = \"{NOBODY}\"\ngroup = \"{NOBODY}\"\nsocket-group = \"{NOBODY}\"\n"
+    );
+    let daemon = Daemon::with_config(&config);
+    daemon.card();
+    let run = |arguments: &[&str]| {
+        use std::os::unix::process::CommandExt;
+        let mut command = daemon.command(&["run", "--"]);
+        command.args(arguments).uid(NOBODY).gid(NOBODY);
+        command.current_dir("/");
+        command
+    };
+    let plain = run(&["stat", "-c", "%F", "/dev/vfio/devices/vfio0"]);
+    let output = { plain }.output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
+    if said.contains("no mount namespace") {
+        vfiod_tests::skip("ordinary users get no user namespace on this machine");
+        return;
+    }
+    assert_eq!(printed, "character special file\n", "{said}");
+    assert_eq!(said.matches("setuid programs").count(), 1, "{said}");
+    let program = std::env::current_exe().unwrap();
+    let program = program.to_str().unwrap();
+    for role in ["threads", "foreign", "stat"] {
+        let command = run(&[program, "--exact", "client", "--nocapture"]);
+        let mut client = Client::of(role, command);
+        client.hear();
+        client.end();
+        nobody_has_it(&daemon);
+    }
+}

@@ -190,21 +190,27 @@ impl Supervisor {
             other => other,
         })?;
         let name = CString::new(name).map_err(|_| Errno::INVAL)?;
-        let client = caller.tgid()?.as_raw_nonzero().get().cast_unsigned();
+        // The daemon finds its process itself.
+        let client = call.tid.cast_unsigned();
         self.check(call)?;
+        let mut guess = self.nodes.guess(&name);
         for _ in 0..TRIES {
-            let index = sys::find_device(group.as_fd(), &name)?;
-            let device = match self.nodes.open_device(index) {
+            let guessed = guess.is_some();
+            let index = match guess.take() {
+                Some(index) => index,
+                None => sys::find_device(group.as_fd(), &name)?,
+            };
+            let opened = self.nodes.open_device(index).and_then(|device| {
+                sys::open_device(device.as_fd(), group.as_fd(), client, &name).map(|()| device)
+            });
+            let device = match opened {
                 Ok(device) => device,
-                // It went meanwhile, and the name may mean another.
-                Err(Errno::NOENT | Errno::NODEV | Errno::NXIO) => continue,
+                // A wrong guess, or it went meanwhile and the name may mean another.
+                Err(_) if guessed => continue,
+                Err(Errno::NOENT | Errno::NODEV | Errno::NXIO | Errno::STALE) => continue,
                 Err(errno) => return Err(errno),
             };
-            match sys::open_device(device.as_fd(), group.as_fd(), client, &name) {
-                Ok(()) => {}
-                Err(Errno::STALE) => continue,
-                Err(errno) => return Err(errno),
-            }
+            self.nodes.remember(&name, index);
             // Answered with it. If not, the file is closed here and nobody has it.
             self.listener.result_fd(call.id, &device, true)?;
             return Ok(Outcome::Answered);

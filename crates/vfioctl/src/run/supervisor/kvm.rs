@@ -143,7 +143,6 @@ mod tests {
     use super::super::pool::Handler;
     use super::*;
     use rustix::fd::{AsRawFd, FromRawFd};
-    use std::path::Path;
     use std::sync::Arc;
 
     fn ioctl<T>(fd: i32, word: u32, arg: &mut T) -> Result<i32, Errno> {
@@ -223,8 +222,9 @@ mod tests {
             vfiod_tests::skip("no virtual machine can be made here (/dev/kvm)");
             return;
         };
-        let anywhere = Path::new("/proc");
-        let nodes = nodes::Nodes::new(anywhere, anywhere).unwrap();
+        let anywhere = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(anywhere.path().join("vfio/devices")).unwrap();
+        let nodes = nodes::Nodes::new(anywhere.path(), anywhere.path()).unwrap();
         let file = rustix::fs::memfd_create("ours", MemfdFlags::CLOEXEC).unwrap();
         let id = super::super::task::FileId::at(&file, "").unwrap();
         nodes.adopt(id.dev);

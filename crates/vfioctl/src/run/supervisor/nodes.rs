@@ -7,8 +7,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{CWD, Dev, Mode, OFlags, makedev, open, openat};
 use rustix::io::Errno;
-use std::collections::HashSet;
-use std::ffi::OsStr;
+use std::collections::{HashMap, HashSet};
+use std::ffi::{CStr, CString, OsStr};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -20,11 +20,13 @@ const FUSE_TYPE: &str = "fuse.vfiod";
 /// The daemon's nodes, known by the file systems they are on: that of the `dev` tree, and one for
 /// each device in use.
 pub(super) struct Nodes {
-    /// The `dev` tree, as this process sees it.
-    dir: OwnedFd,
+    /// The directory of devices' nodes, as this process sees it.
+    devices: OwnedFd,
     dev: PathBuf,
     sys: PathBuf,
     mounts: Mutex<Mounts>,
+    /// Which device a name meant the last time. OPEN_DEVICE refuses one that it does not mean.
+    found: Mutex<HashMap<CString, u32>>,
 }
 
 struct Mounts {
@@ -36,8 +38,8 @@ struct Mounts {
 impl Nodes {
     /// The nodes below `dev`, with the daemon's `sys` tree beside them.
     pub(super) fn new(dev: &Path, sys: &Path) -> Result<Nodes, Errno> {
-        let dir = open(
-            dev,
+        let devices = open(
+            dev.join("vfio/devices"),
             OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
             Mode::empty(),
         )?;
@@ -46,12 +48,13 @@ impl Nodes {
             OFlags::RDONLY | OFlags::CLOEXEC,
             Mode::empty(),
         )?;
-        let ours = HashSet::from([FileId::at(&dir, "")?.dev]);
+        let ours = HashSet::from([FileId::at(&devices, "")?.dev]);
         let nodes = Nodes {
-            dir,
+            devices,
             dev: dev.to_owned(),
             sys: sys.to_owned(),
             mounts: Mutex::new(Mounts { table, ours }),
+            found: Mutex::default(),
         };
         nodes.lock().read(&nodes.dev)?;
         Ok(nodes)
@@ -96,8 +99,27 @@ impl Nodes {
     /// Opens the node of a device.
     pub(super) fn open_device(&self, index: u32) -> Result<OwnedFd, Errno> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
-        let path = format!("vfio/devices/vfio{index}");
-        openat(&self.dir, path, flags, Mode::empty())
+        openat(&self.devices, format!("vfio{index}"), flags, Mode::empty())
+    }
+
+    /// The device that a name may mean.
+    pub(super) fn guess(&self, name: &CStr) -> Option<u32> {
+        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        found.get(name).copied()
+    }
+
+    /// Notes what a name meant.
+    pub(super) fn remember(&self, name: &CStr, index: u32) {
+        /// More than a client opens; names are a client's to choose.
+        const MANY: usize = 256;
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        if found.get(name) == Some(&index) {
+            return;
+        }
+        if found.len() >= MANY {
+            found.clear();
+        }
+        found.insert(name.to_owned(), index);
     }
 
     /// The char device that an open file of ours stands for, in its own words.
