@@ -202,6 +202,21 @@ impl Caller {
         Ok(proc::status(self.tid)?.tgid)
     }
 
+    /// The caller's process and its name, at most 15 bytes, any bytes: the part of
+    /// [`Caller::identity`] that one look tells.
+    ///
+    /// # Errors
+    /// [`Errno::SRCH`]: the caller is gone.
+    pub fn process(self) -> Result<(Pid, OsString)> {
+        let status = proc::status(self.tid)?;
+        let comm = if status.tgid == self.tid {
+            status.comm
+        } else {
+            proc::stat(status.tgid)?.comm
+        };
+        Ok((status.tgid, comm))
+    }
+
     /// Who it is, now.
     ///
     /// # Errors

@@ -1,9 +1,10 @@
 //! The few files of /proc that say who a task is.
 
 use std::ffi::OsString;
-use std::io::Read;
 use std::os::unix::ffi::OsStringExt;
 
+use rustix::fs::Mode;
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::process::Pid;
 
@@ -16,11 +17,19 @@ pub(crate) fn path(pid: Pid, file: &str) -> String {
 
 /// The bytes of `/proc/PID/FILE`. A task that is gone is SRCH.
 pub(crate) fn read(pid: Pid, file: &str) -> Result<Vec<u8>> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path(pid, file), flags, Mode::empty()).map_err(gone)?;
+    // Most have less than this, and every read costs as much as the text.
+    let mut chunk = [0; 4096];
     let mut bytes = Vec::new();
-    std::fs::File::open(path(pid, file))
-        .and_then(|mut file| file.read_to_end(&mut bytes))
-        .map_err(|e| gone(Errno::from_io_error(&e).unwrap_or(Errno::IO)))?;
-    Ok(bytes)
+    loop {
+        match rustix::io::read(&file, &mut chunk[..]) {
+            Ok(0) => return Ok(bytes),
+            Ok(n) => bytes.extend_from_slice(chunk.get(..n).unwrap_or_default()),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(gone(errno)),
+        }
+    }
 }
 
 /// A task's directory vanishes with it.
@@ -35,6 +44,8 @@ pub(crate) fn gone(errno: Errno) -> Errno {
 /// What `/proc/TID/status` tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Status {
+    /// The thread's own name.
+    pub(crate) comm: OsString,
     pub(crate) tgid: Pid,
     /// Effective ids: the second of the four columns.
     pub(crate) uid: u32,
@@ -54,12 +65,37 @@ fn parse_status(bytes: &[u8]) -> Option<Status> {
             .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
     };
     let effective = |name| field(name)?.split_whitespace().nth(1)?.parse().ok();
+    // The name is the first line, whatever is in it.
+    let name = bytes.strip_prefix(b"Name:\t")?;
+    let end = name.iter().position(|byte| *byte == b'\n')?;
     Some(Status {
+        comm: OsString::from_vec(unescape(name.get(..end)?)),
         tgid: Pid::from_raw(field("Tgid")?.trim().parse().ok()?)?,
         uid: effective("Uid")?,
         gid: effective("Gid")?,
         cap_eff: u64::from_str_radix(field("CapEff")?.trim(), 16).ok()?,
     })
+}
+
+/// A name as `/proc/PID/status` prints it: newlines and backslashes are escaped
+/// (`fs/proc/array.c`, `proc_task_name`).
+fn unescape(name: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(name.len());
+    let mut bytes = name.iter();
+    while let Some(byte) = bytes.next() {
+        out.push(match (byte, bytes.as_slice().first()) {
+            (b'\\', Some(b'n')) => {
+                bytes.next();
+                b'\n'
+            }
+            (b'\\', Some(b'\\')) => {
+                bytes.next();
+                b'\\'
+            }
+            _ => *byte,
+        });
+    }
+    out
 }
 
 /// What `/proc/PID/stat` tells.
@@ -129,6 +165,8 @@ mod tests {
             (12, 2, 6)
         );
         assert_eq!(status.cap_eff, 0x1000);
+        assert_eq!(status.comm, "x");
+        assert_eq!(unescape(br"a\nb\\n\x"), b"a\nb\\n\\x");
         assert_eq!(parse_status(b"Name:\tx\n"), None);
     }
 

@@ -36,15 +36,15 @@ pub(crate) fn shares_our_pids(tid: u32) -> bool {
 
 /// Who opens a file, as well as it can be told.
 pub(crate) fn opener(tid: u32, node: Option<FileId>) -> Opener {
-    let identity = i32::try_from(tid)
+    let process = i32::try_from(tid)
         .ok()
         .and_then(|tid| client_process::Caller::new(tid).ok())
-        .and_then(|thread| thread.identity().ok());
+        .and_then(|thread| thread.process().ok());
     let since = std::time::SystemTime::now();
-    match identity {
-        Some(id) => Opener {
-            pid: id.tgid.as_raw_nonzero().get().unsigned_abs(),
-            comm: id.comm.to_string_lossy().into_owned(),
+    match process {
+        Some((pid, comm)) => Opener {
+            pid: pid.as_raw_nonzero().get().unsigned_abs(),
+            comm: comm.to_string_lossy().into_owned(),
             since,
             node,
         },
