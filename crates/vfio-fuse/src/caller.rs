@@ -5,7 +5,8 @@ use crate::node::Shared;
 use client_process::{Capability, FileId, Memory};
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, LazyLock};
 use vfio_core::caller::{Caller, FileObject};
 use vfio_core::device::Opener;
 use vfio_uapi::UserMemory;
@@ -30,8 +31,11 @@ impl FuseCaller<'_> {
 
 /// True when the numbers that a thread knows processes by are ours too.
 pub(crate) fn shares_our_pids(tid: u32) -> bool {
-    let of = |who: &str| std::fs::read_link(format!("/proc/{who}/ns/pid")).ok();
-    of("self").is_some_and(|ours| of(&tid.to_string()) == Some(ours))
+    static OURS: LazyLock<Option<PathBuf>> = LazyLock::new(|| of("self"));
+    fn of(who: &str) -> Option<PathBuf> {
+        std::fs::read_link(format!("/proc/{who}/ns/pid")).ok()
+    }
+    OURS.is_some() && of(&tid.to_string()) == *OURS
 }
 
 /// Who opens a file, as well as it can be told.

@@ -33,6 +33,15 @@ pub(super) struct Client {
     nodes: Vec<File>,
     iommu: Option<File>,
     memory: Vec<(Option<rustix::fd::OwnedFd>, Mapped)>,
+    group: Option<Group>,
+}
+
+/// A group that is ready, and one of its devices by name.
+#[derive(Debug)]
+struct Group {
+    file: File,
+    name: std::ffi::CString,
+    _container: File,
 }
 
 impl Converse for Client {
@@ -59,6 +68,49 @@ impl Converse for Client {
             ["pread", ..] => self.calls(words, pread),
             ["pwrite", ..] => self.calls(words, pwrite),
             ["ioctl", ..] => self.calls(words, region_info),
+            ["group", number] => {
+                self.group = Some(Group::open(number)?);
+                Ok(String::new())
+            }
+            // A device stays open, so that the others are no first opens.
+            ["keep"] => {
+                let group = self.group.as_ref().context("no group is open")?;
+                self.nodes.push(group.device()?.into());
+                Ok(String::new())
+            }
+            // Each is closed again.
+            ["device-fd", count] => {
+                let group = self.group.as_ref().context("no group is open")?;
+                timed(count.parse()?, || group.device().map(drop))
+            }
+            // What is no group, but trapped by a supervisor that answers with a descriptor.
+            ["any-fd", count] => {
+                let (other, _end) = rustix::pipe::pipe()?;
+                timed(count.parse()?, || {
+                    drop(raw::device_fd(&other, c"any")?);
+                    Ok(())
+                })
+            }
+            ["fstat", count] => {
+                let file = File::open(std::env::current_exe()?)?;
+                timed(count.parse()?, || {
+                    rustix::fs::fstat(&file)?;
+                    Ok(())
+                })
+            }
+            ["getppid", count] => timed(count.parse()?, || {
+                let _ = rustix::process::getppid();
+                Ok(())
+            }),
+            // An ioctl that nobody traps.
+            ["other-ioctl", count] => {
+                let (other, _end) = rustix::pipe::pipe()?;
+                timed(count.parse()?, || {
+                    rustix::io::ioctl_fionread(&other)?;
+                    Ok(())
+                })
+            }
+            ["trap"] => super::supervised::trap(),
             ["rate", ..] => {
                 let node = self.node(words)?;
                 let time = Duration::from_millis(word(words, 2)?);
@@ -106,6 +158,41 @@ fn region_info(node: &File) -> Result<()> {
     info.argsz = size(&info);
     raw::ioctl(node, ioctl::VFIO_DEVICE_GET_REGION_INFO, &mut info)?;
     Ok(())
+}
+
+/// Nanoseconds that a call takes as a rule.
+fn timed(count: u32, mut call: impl FnMut() -> Result<()>) -> Result<String> {
+    let mut outcome = Ok(());
+    let time = measure::typical(count, || {
+        if let Err(error) = call() {
+            outcome = Err(error);
+        }
+    });
+    outcome?;
+    Ok(time.to_string())
+}
+
+impl Group {
+    /// The group of this number, with a container of its own.
+    fn open(number: &str) -> Result<Self> {
+        const TYPE1V2: usize = 3;
+        let file = open(&format!("/dev/vfio/{number}"))?;
+        let container = open("/dev/vfio/vfio")?;
+        let mut fd = container.as_raw_fd();
+        raw::ioctl(&file, ioctl::VFIO_GROUP_SET_CONTAINER, &mut fd).context("SET_CONTAINER")?;
+        raw::ioctl_value(&container, ioctl::VFIO_SET_IOMMU, TYPE1V2).context("SET_IOMMU")?;
+        let devices = format!("/sys/kernel/iommu_groups/{number}/devices");
+        let device = std::fs::read_dir(devices)?.next().context("no device")??;
+        Ok(Self {
+            file,
+            name: std::ffi::CString::new(device.file_name().into_encoded_bytes())?,
+            _container: container,
+        })
+    }
+
+    fn device(&self) -> Result<rustix::fd::OwnedFd> {
+        Ok(raw::device_fd(&self.file, &self.name)?)
+    }
 }
 
 /// `pread`s a second.

@@ -11,6 +11,7 @@ pub(crate) mod peer;
 mod raw;
 mod requests;
 mod served;
+mod supervised;
 mod table;
 
 use std::process::Command;
@@ -95,7 +96,15 @@ impl Row {
 /// All rows, in the order of the table.
 fn all() -> Vec<Benchmark> {
     let (first, last) = requests::ROWS.split_at(5);
-    [first, &dma::ROWS, &iova::ROWS, &lifecycle::ROWS, last].concat()
+    [
+        first,
+        &dma::ROWS,
+        &iova::ROWS,
+        &lifecycle::ROWS,
+        &supervised::ROWS,
+        last,
+    ]
+    .concat()
 }
 
 /// Runs the benchmarks and prints the table. True if each goal is met or its miss explained.

@@ -33,6 +33,8 @@ pub(crate) enum Role {
     NullFollows,
     /// Many devices, counted in memory.
     Registry,
+    /// The least that could supervise system calls.
+    NullSupervisor,
 }
 
 /// The hidden command that starts a role.
@@ -51,6 +53,7 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
         Role::Null => null::Server::start(arguments, false)?.converse()?,
         Role::NullFollows => null::Server::start(arguments, true)?.converse()?,
         Role::Registry => super::lifecycle::Counted.converse()?,
+        Role::NullSupervisor => super::supervised::Null::start(arguments)?.converse()?,
     }
     Ok(true)
 }
@@ -105,8 +108,13 @@ pub(super) struct Peer {
 impl Peer {
     /// Starts one; it is ready on return. It may run where this thread may.
     pub(super) fn start(role: Role, arguments: &[&str]) -> Result<Self> {
+        Self::start_by(Command::new(std::env::current_exe()?), role, arguments)
+    }
+
+    /// Starts one by another program, whose last argument so far is this program.
+    pub(super) fn start_by(mut command: Command, role: Role, arguments: &[&str]) -> Result<Self> {
         let role = clap::ValueEnum::to_possible_value(&role).context("a hidden role")?;
-        let mut child = Command::new(std::env::current_exe()?)
+        let mut child = command
             .arg("bench-peer")
             .arg(role.get_name())
             .args(arguments)

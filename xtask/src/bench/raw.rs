@@ -10,6 +10,8 @@ use anyhow::Context;
 use anyhow::Result;
 use rustix::fd::AsFd;
 use rustix::fd::AsRawFd;
+use rustix::fd::FromRawFd;
+use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::mm::MapFlags;
 use rustix::mm::ProtFlags;
@@ -25,6 +27,29 @@ pub(super) fn ioctl<T>(fd: impl AsFd, cmd: u32, argument: &mut T) -> Result<i32,
         return Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO));
     }
     Ok(result)
+}
+
+/// An ioctl whose argument is a number.
+pub(super) fn ioctl_value(fd: impl AsFd, cmd: u32, value: usize) -> Result<i32, Errno> {
+    // SAFETY: the commands of this benchmark take it for a number.
+    let result = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), libc::c_ulong::from(cmd), value) };
+    if result < 0 {
+        return Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO));
+    }
+    Ok(result)
+}
+
+/// VFIO_GROUP_GET_DEVICE_FD.
+pub(super) fn device_fd(group: impl AsFd, name: &std::ffi::CStr) -> Result<OwnedFd, Errno> {
+    let cmd = libc::c_ulong::from(vfio_uapi::ioctl::VFIO_GROUP_GET_DEVICE_FD);
+    // SAFETY: the command reads a string that ends with a NUL; its result is a new descriptor.
+    unsafe {
+        let fd = libc::ioctl(group.as_fd().as_raw_fd(), cmd, name.as_ptr());
+        if fd < 0 {
+            return Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO));
+        }
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
 }
 
 /// Memory of this process, or of a file in memory; unmapped when dropped.

@@ -6,6 +6,7 @@
 
 use rustix::fd::{AsRawFd, FromRawFd, OwnedFd};
 use rustix::io::Errno;
+#[cfg(target_arch = "x86_64")]
 use std::arch::asm;
 use std::fs::File;
 use std::io::Write as _;
