@@ -94,6 +94,34 @@ pub(crate) enum Command {
         #[command(flatten)]
         policy: Policy,
     },
+    /// Offer a device to clients that speak vfio-user, and print the socket's path.
+    Offer {
+        /// Which device.
+        dev: String,
+        /// Where the socket shall be, instead of among the others; for root.
+        #[arg(long, value_name = "PATH")]
+        path: Option<PathBuf>,
+    },
+    /// Take a device's vfio-user sockets away and close their connections.
+    Withdraw {
+        /// Which device.
+        dev: String,
+    },
+    /// Print the arguments that attach devices to QEMU, quoted for a shell.
+    ///
+    /// They are meant for `eval "qemu-system-x86_64 ... $(vfioctl qemu-args DEV)"`. All ways but
+    /// vfio-user want QEMU to run under `vfioctl run`.
+    QemuArgs {
+        /// Which devices.
+        #[arg(required = true)]
+        dev: Vec<String>,
+        /// How QEMU reaches it; over vfio-user if it is offered, else by path.
+        #[arg(long, value_enum, value_name = "WAY")]
+        via: Option<Via>,
+        /// The guest's memory, as QEMU's -m takes it. It is shared with the device.
+        #[arg(long, short, value_name = "SIZE", default_value = "1G", value_parser = size)]
+        memory: String,
+    },
     /// Who holds a device now.
     Who {
         /// Which device.
@@ -161,6 +189,19 @@ pub(crate) struct RunOptions {
     pub(crate) no_supervisor: bool,
 }
 
+/// How QEMU reaches a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Via {
+    /// Its vfio-user socket: QEMU 10.1 or newer, as any user who may connect.
+    VfioUser,
+    /// Descriptors that the shell opens: needs no char devices.
+    Fd,
+    /// Its node and iommufd, by path.
+    Path,
+    /// Its IOMMU group and a container, by path.
+    Group,
+}
+
 /// What happens to the users of a device that is to go.
 #[derive(Clone, Copy, Debug, Default, Args)]
 pub(crate) struct Policy {
@@ -174,6 +215,19 @@ pub(crate) struct Policy {
     /// Cut its users off now.
     #[arg(long, group = "policy")]
     pub(crate) force: bool,
+}
+
+/// A number of bytes with a suffix, as QEMU reads it; nothing else gets into a command line.
+fn size(text: &str) -> Result<String, String> {
+    let digits = text.trim_end_matches(['K', 'M', 'G', 'T', 'k', 'm', 'g', 't']);
+    let sound = !digits.is_empty()
+        && digits.bytes().all(|byte| byte.is_ascii_digit())
+        && text.len() - digits.len() <= 1;
+    if sound {
+        Ok(text.to_owned())
+    } else {
+        Err("not a size; write 512M or 4G".to_owned())
+    }
 }
 
 fn seconds(text: &str) -> Result<std::time::Duration, String> {
@@ -205,6 +259,8 @@ mod tests {
             &["vfioctl", "unbind"],
             &["vfioctl", "wait", "vfio0"],
             &["vfioctl", "run"],
+            &["vfioctl", "qemu-args", "vfio0", "--memory", "1G,x=y"],
+            &["vfioctl", "qemu-args", "vfio0", "--via", "air"],
             &["vfioctl"],
         ] {
             assert_eq!(parse(wrong).unwrap_err().exit_code(), 2, "{wrong:?}");

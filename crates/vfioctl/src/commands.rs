@@ -4,11 +4,13 @@ use crate::cli::{Cli, Command, Global, Policy};
 use crate::fail::{Fail, Result};
 use crate::plain::Plain;
 use crate::print::{self, Style};
+use crate::qemu;
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use vfiod_control::client::DEFAULT_SOCKET;
-use vfiod_control::view::SCHEMA;
+use vfiod_control::view::{Device, Refusal, SCHEMA, Show};
 use vfiod_control::{Answer, Call, Client, FailureKind, UnregisterPolicy};
 
 /// Where answers come from.
@@ -26,13 +28,13 @@ impl Source {
     }
 }
 
-/// What `--json` prints: the payload under its name, beside schema and source.
+/// What `--json` prints: payloads under their names, beside schema and source.
 #[derive(Serialize)]
-struct Envelope<'a, T: Serialize> {
+struct Envelope<'a> {
     schema: u32,
     source: &'a str,
     #[serde(flatten)]
-    payload: std::collections::BTreeMap<&'a str, T>,
+    payload: BTreeMap<&'a str, serde_json::Value>,
 }
 
 struct Output {
@@ -43,18 +45,33 @@ struct Output {
 
 impl Output {
     fn put<T: Serialize>(&self, key: &str, value: &T, text: impl FnOnce(Style) -> String) {
-        if self.json {
-            let envelope = Envelope {
-                schema: SCHEMA,
-                source: self.source,
-                payload: std::collections::BTreeMap::from([(key, value)]),
-            };
-            match serde_json::to_string_pretty(&envelope) {
-                Ok(text) => print::out(&format!("{text}\n")),
-                Err(error) => eprintln!("vfioctl: {error}"),
-            }
-        } else {
+        self.put_all(&[(key, serde_json::to_value(value))], text);
+    }
+
+    fn put_all(
+        &self,
+        payload: &[(&str, serde_json::Result<serde_json::Value>)],
+        text: impl FnOnce(Style) -> String,
+    ) {
+        if !self.json {
             print::out(&text(self.style));
+            return;
+        }
+        let payload = payload.iter().filter_map(|(key, value)| match value {
+            Ok(value) => Some((*key, value.clone())),
+            Err(error) => {
+                eprintln!("vfioctl: {error}");
+                None
+            }
+        });
+        let envelope = Envelope {
+            schema: SCHEMA,
+            source: self.source,
+            payload: payload.collect(),
+        };
+        match serde_json::to_string_pretty(&envelope) {
+            Ok(text) => print::out(&format!("{text}\n")),
+            Err(error) => eprintln!("vfioctl: {error}"),
         }
     }
 }
@@ -111,16 +128,7 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
             }
         }
         Command::Show { dev } => {
-            let show = match &mut source {
-                Source::Daemon(client) => {
-                    let call = Call::Show { device: full(dev) };
-                    *expect(client, call, |answer| match answer {
-                        Answer::Show(show) => Some(show),
-                        _ => None,
-                    })?
-                }
-                Source::Plain(plain) => plain.show(&full(dev))?,
-            };
+            let show = show(&mut source, dev)?;
             output.put("show", &show, |style| print::show(style, &show));
         }
         Command::Types { parent } => {
@@ -203,18 +211,52 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
             Source::Plain(plain) => plain.unbind(&full(dev), policy)?,
         },
         Command::Who { dev } => {
-            let holders = match &mut source {
-                Source::Daemon(client) => {
-                    let call = Call::Who { device: full(dev) };
-                    expect(client, call, |answer| match answer {
-                        Answer::Holders(holders) => Some(holders),
-                        _ => None,
-                    })?
+            let (holders, sockets) = match &mut source {
+                Source::Daemon(_) => {
+                    let device = show(&mut source, dev)?.device;
+                    (device.holders.unwrap_or_default(), device.sockets)
                 }
-                Source::Plain(plain) => plain.who(&full(dev))?,
+                Source::Plain(plain) => (plain.who(&full(dev))?, Vec::new()),
             };
-            output.put("holders", &holders, |style| {
-                print::who(style, dev, &holders)
+            let refused: Vec<&Refusal> = sockets.iter().flat_map(|one| &one.refused).collect();
+            let payload = [
+                ("holders", serde_json::to_value(&holders)),
+                ("refused", serde_json::to_value(&refused)),
+            ];
+            output.put_all(&payload, |style| {
+                print::who(style, dev, &holders) + &print::refusals(&sockets)
+            });
+        }
+        Command::Offer { dev, path } => {
+            let call = Call::Offer {
+                device: full(dev),
+                path: path.as_deref().map(absolute),
+            };
+            let path = expect(ours(&mut source)?, call, |answer| match answer {
+                Answer::Offered { path } => Some(path),
+                _ => None,
+            })?;
+            output.put("socket", &path, |_| format!("{path}\n"));
+        }
+        Command::Withdraw { dev } => {
+            let call = Call::Withdraw { device: full(dev) };
+            expect(ours(&mut source)?, call, |answer| match answer {
+                Answer::Done => Some(()),
+                _ => None,
+            })?;
+        }
+        Command::QemuArgs { dev, via, memory } => {
+            let devices = dev
+                .iter()
+                .map(|dev| Ok(show(&mut source, dev)?.device))
+                .collect::<Result<Vec<Device>>>()?;
+            let arguments = qemu::arguments(&devices, *via, memory)?;
+            let here = |device: &Device| Path::new(&format!("/sys{}", device.path)).exists();
+            if arguments.inside && !devices.iter().all(here) {
+                eprintln!("vfioctl: QEMU finds it only when run by `vfioctl run --`");
+            }
+            output.put("args", &arguments.words, |_| {
+                format!("{}\n", arguments.line())
             });
         }
         Command::Wait { dev, timeout, .. } => match &mut source {
@@ -275,6 +317,36 @@ fn source(global: &Global) -> Result<Source> {
             )))
         }
     }
+}
+
+/// The daemon, for what a plain sysfs tree has not.
+fn ours(source: &mut Source) -> Result<&mut Client> {
+    match source {
+        Source::Daemon(client) => Ok(client),
+        Source::Plain(_) => Err(Fail::failed(
+            "only devices of vfiod have sockets, and no vfiod answers; `vfiod serve` starts one",
+        )),
+    }
+}
+
+/// All about one device.
+fn show(source: &mut Source, dev: &str) -> Result<Show> {
+    match source {
+        Source::Daemon(client) => {
+            let call = Call::Show { device: full(dev) };
+            let show = expect(client, call, |answer| match answer {
+                Answer::Show(show) => Some(show),
+                _ => None,
+            })?;
+            Ok(*show)
+        }
+        Source::Plain(plain) => plain.show(&full(dev)),
+    }
+}
+
+fn absolute(path: &Path) -> String {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    path.to_string_lossy().into_owned()
 }
 
 /// Sends `call` and takes the answer that `pick` knows.

@@ -7,6 +7,7 @@ mod fail;
 mod namespace;
 mod plain;
 mod print;
+mod qemu;
 mod run;
 mod sysfs;
 mod who;

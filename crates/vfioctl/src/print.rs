@@ -4,7 +4,9 @@ use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
 use vfiod_control::Event;
-use vfiod_control::view::{Device, Holder, Parent, Pending, Show, State, Status, Tree, Via};
+use vfiod_control::view::{
+    Device, Holder, Parent, Pending, Refusal, Show, Socket, State, Status, Tree, Via,
+};
 
 /// Where output goes, and how.
 #[derive(Clone, Copy, Debug)]
@@ -114,6 +116,7 @@ fn holder(holder: &Holder) -> String {
     match holder.via {
         Via::Device => name,
         Via::Group => format!("{name} by its group"),
+        Via::Socket => format!("{name} over vfio-user"),
         Via::Opener => format!("{name}, gone, whose file lives on"),
     }
 }
@@ -322,6 +325,12 @@ pub(crate) fn show(style: Style, show: &Show) -> String {
     }
     line("char device", dash(device.cdev.as_ref()));
     line("node", dash(device.node.as_ref()));
+    for socket in &device.sockets {
+        line("socket", socket.path.clone());
+        for refusal in &socket.refused {
+            line("", refused(refusal));
+        }
+    }
     match &show.group {
         None => line("group", "-".to_owned()),
         Some(group) => {
@@ -435,11 +444,17 @@ pub(crate) fn who(style: Style, device: &str, list: &[Holder]) -> String {
         if one.mapped_bytes > 0 {
             holds.push(format!("{} KiB mapped", one.mapped_bytes / 1024));
         }
+        if let Some(socket) = &one.socket {
+            let kind = one.client.as_deref().unwrap_or("unknown");
+            holds.push(format!("vfio-user socket {socket} ({kind} client)"));
+        }
+        holds.extend(one.uid.map(|uid| format!("uid {uid}")));
         if one.via == Via::Opener {
             holds.push("opened it; who has it now cannot be seen".to_owned());
         }
         let since = match (one.since_us, one.since_open) {
             (None, _) => "?".to_owned(),
+            (Some(at), true) if one.via == Via::Socket => format!("connected {} ago", ago(at)),
             (Some(at), true) => format!("opened {} ago", ago(at)),
             (Some(at), false) => format!("process started {} ago", ago(at)),
         };
@@ -451,6 +466,33 @@ pub(crate) fn who(style: Style, device: &str, list: &[Holder]) -> String {
         ]);
     }
     table(style, &rows)
+}
+
+/// A client that was turned away, as `who` and `show` tell it.
+fn refused(refusal: &Refusal) -> String {
+    let who = match refusal.pid {
+        0 => format!("uid {}", refusal.uid),
+        pid => format!("{}({pid}), uid {}", safe(&refusal.command), refusal.uid),
+    };
+    format!(
+        "refused {who} {} ago: {}",
+        ago(refusal.at_us),
+        safe(&refusal.reason)
+    )
+}
+
+/// Those that were turned away, one a line.
+pub(crate) fn refusals(sockets: &[Socket]) -> String {
+    sockets
+        .iter()
+        .flat_map(|socket| {
+            let at = &socket.path;
+            socket
+                .refused
+                .iter()
+                .map(move |one| format!("{at}: {}\n", refused(one)))
+        })
+        .collect()
 }
 
 pub(crate) fn types(style: Style, parents: &[Parent]) -> String {
@@ -484,6 +526,18 @@ pub(crate) fn waiting(pending: &Pending) -> String {
     );
     if !pending.holders.is_empty() {
         let _ = write!(text, " of {}", holders(&pending.holders));
+    }
+    let over_socket = |one: &Holder| one.via == Via::Socket;
+    if pending.asked == Some(false) {
+        let what = if pending.holders.iter().any(over_socket) {
+            "close the connection"
+        } else {
+            "cut it off"
+        };
+        text.push_str(", which took no request interrupt and cannot be asked to let go");
+        if pending.deadline_ms.is_none() {
+            let _ = write!(text, "; --timeout or --force would {what}");
+        }
     }
     if let Some(left) = pending.deadline_ms {
         let _ = write!(text, "; they are cut off in {}", span(left.div_ceil(1000)));

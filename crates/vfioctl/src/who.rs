@@ -96,6 +96,7 @@ pub(crate) fn scan(targets: &[Target], proc: &Path) -> Scan {
                 fds,
                 mapped_bytes: seen.mapped,
                 via: if via_device { Via::Device } else { Via::Group },
+                ..Holder::default()
             });
         }
     }

@@ -86,6 +86,21 @@ pub enum Call {
         /// Which device.
         device: String,
     },
+    /// Offers the device to clients that speak vfio-user; [`Answer::Offered`]. One that is offered
+    /// already stays as it is.
+    Offer {
+        /// Which device.
+        device: String,
+        /// Where the socket shall be; among the others when left out. Another place is for root
+        /// and the daemon's own user: it is made with the daemon's rights.
+        #[serde(default)]
+        path: Option<String>,
+    },
+    /// Takes a device's sockets away and closes their connections; [`Answer::Done`].
+    Withdraw {
+        /// Which device.
+        device: String,
+    },
     /// [`Answer::Ended`] when the device is released; a [`FailureKind::Timeout`] when it is not
     /// in time.
     WaitGone {
@@ -162,6 +177,11 @@ pub enum Answer {
         /// Its `vfioN`, once a driver has it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         device: Option<String>,
+    },
+    /// It listens.
+    Offered {
+        /// The socket's path.
+        path: String,
     },
     /// It is done.
     Done,

@@ -39,6 +39,9 @@ pub struct Device {
     /// The node a program opens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
+    /// The sockets at which it is offered to clients that speak vfio-user.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sockets: Vec<Socket>,
     /// Where in its life it is.
     pub state: State,
     /// Open files of it, whoever has them now; absent when it cannot be told.
@@ -60,6 +63,34 @@ impl Device {
     pub fn label(&self) -> &str {
         self.name.as_deref().unwrap_or(&self.address)
     }
+}
+
+/// A socket at which a device is offered over vfio-user.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Socket {
+    /// Its path.
+    pub path: String,
+    /// Who is connected, once it may use the device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client: Option<Holder>,
+    /// The clients that were refused last, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub refused: Vec<Refusal>,
+}
+
+/// A client that was not served.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// Microseconds since the epoch.
+    pub at_us: u64,
+    /// Process id; 0 when it cannot be told.
+    pub pid: u32,
+    /// User id.
+    pub uid: u32,
+    /// Command name.
+    pub command: String,
+    /// Why, for people.
+    pub reason: String,
 }
 
 /// Where in its life a device is.
@@ -102,6 +133,10 @@ pub struct Pending {
     pub users: u32,
     /// How often the driver was asked to make its users let go.
     pub requests: u32,
+    /// False when it had no way to: the users took no request interrupt and leave by themselves or
+    /// not at all. Absent when it has not been asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked: Option<bool>,
     /// Milliseconds until its users are cut off; absent when it waits for ever.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline_ms: Option<u64>,
@@ -133,6 +168,15 @@ pub struct Holder {
     /// How it holds it.
     #[serde(default)]
     pub via: Via,
+    /// With [`Via::Socket`]: the user id that it connected with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
+    /// With [`Via::Socket`]: the path of the socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<String>,
+    /// With [`Via::Socket`]: what speaks, by its handshake: `qemu`, `rust`, `spdk`, `libvfio-user`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client: Option<String>,
 }
 
 /// What a holder holds.
@@ -146,6 +190,8 @@ pub enum Via {
     Device,
     /// The node of its IOMMU group: nothing says which devices of the group it uses.
     Group,
+    /// A connection to a vfio-user socket of the device.
+    Socket,
     /// It opened the device and has no descriptor of it any more; someone else has.
     Opener,
 }

@@ -3,6 +3,7 @@
 use crate::config::Uevents;
 use crate::control::Peer;
 use crate::devices::{self, Found, Look, Requests};
+use crate::vfio_user::Sockets;
 use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::io;
@@ -46,6 +47,7 @@ pub(crate) struct Server {
     pub(crate) mounts: Arc<RwLock<Option<Mounts>>>,
     pub(crate) merge: Mutex<Merge>,
     pub(crate) requests: Requests,
+    pub(crate) sockets: Sockets,
     pub(crate) sys: PathBuf,
     pub(crate) dev: PathBuf,
     pub(crate) uevents: Uevents,
@@ -136,6 +138,14 @@ impl Server {
                     found.bus_device.unbind(&server.core, policy)
                 })
             }
+            Call::Offer { device, path } => self.offer(&device, path.as_deref(), peer),
+            Call::Withdraw { device } => {
+                let found = self.look(|look| one(look, &device))?;
+                match found.vfio {
+                    Some(vfio) if self.sockets.withdraw(&vfio) => Ok(Answer::Done),
+                    _ => Err(not_found(&format!("{device} is not offered over vfio-user")).into()),
+                }
+            }
             Call::WaitGone { device, timeout_ms } => self.wait_gone(&device, timeout_ms, peer),
             Call::Events => self.stream(peer, |notice| match notice {
                 Notice::Event(event) => Some(Answer::Event(devices::event(event))),
@@ -162,6 +172,7 @@ impl Server {
             core: &self.core,
             mounts: mounts.as_ref(),
             requests: &self.requests,
+            sockets: Some(&self.sockets),
             sys: &self.sys,
             dev: &self.dev,
         })
@@ -255,6 +266,37 @@ impl Server {
                 };
                 Err(errno_failure(errno, format!("{id} {uuid}: {why}")).into())
             }
+        }
+    }
+
+    fn offer(&self, name: &str, path: Option<&str>, peer: &Peer<'_>) -> Result<Answer, Stop> {
+        if path.is_some() && !peer.may_choose_paths() {
+            return Err(fail(
+                FailureKind::Usage,
+                "another place for the socket is for root: it is made with the daemon's rights; \
+                 leave --path out"
+                    .to_owned(),
+            )
+            .into());
+        }
+        let found = self.look(|look| one(look, name))?;
+        let Some(vfio) = &found.vfio else {
+            return Err(fail(
+                FailureKind::Busy,
+                format!("{name} has no VFIO device; `vfioctl bind {name}` gives it one"),
+            )
+            .into());
+        };
+        if let Some(waiting) = &found.waiting {
+            return Err(
+                errno_failure(Errno::BUSY, format!("{name} is {}", waiting.describe())).into(),
+            );
+        }
+        match self.sockets.offer(vfio, path.map(Path::new)) {
+            Ok(path) => Ok(Answer::Offered {
+                path: path.to_string_lossy().into_owned(),
+            }),
+            Err(error) => Err(fail(FailureKind::Failed, format!("{name}: {error:#}")).into()),
         }
     }
 
@@ -389,7 +431,10 @@ impl Server {
         if policy == UnregisterPolicy::Force {
             waiting.disassociate();
         }
-        let users = || Some(weak.as_ref()?.upgrade()?.users());
+        let state = || {
+            let device = weak.as_ref()?.upgrade()?;
+            Some((device.users(), device.asked()))
+        };
         let progress = |waiting: &Waiting| {
             let device = weak.as_ref()?.upgrade()?;
             let mut pending = self.look(|look| look.pending_of(waiting, &device));
@@ -399,7 +444,7 @@ impl Server {
             });
             Some(pending)
         };
-        let mut told = None;
+        let mut told: Option<(_, Instant)> = None;
         loop {
             if let Some(result) = waiting.wait_for(TICK) {
                 result.map_err(|errno| errno_failure(errno, format!("{name}: {errno}")))?;
@@ -414,10 +459,8 @@ impl Server {
                 waiting.disassociate();
                 continue;
             }
-            let now = users();
-            let news = told.is_none_or(|(users, at): (Option<u32>, Instant)| {
-                users != now || at.elapsed() >= PROGRESS
-            });
+            let now = state();
+            let news = told.is_none_or(|(before, at)| before != now || at.elapsed() >= PROGRESS);
             if news && let Some(pending) = progress(&waiting) {
                 told = Some((now, Instant::now()));
                 peer.send(Answer::Progress(pending))?;

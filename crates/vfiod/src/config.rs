@@ -32,6 +32,9 @@ pub(crate) struct Config {
     /// Owners and modes.
     #[serde(default)]
     pub(crate) nodes: Nodes,
+    /// Sockets for clients that speak vfio-user.
+    #[serde(default)]
+    pub(crate) vfio_user: VfioUser,
     /// What mediated devices are made of, by name. Without any: an mtty and an mdpy.
     #[serde(default)]
     pub(crate) parents: BTreeMap<String, Parent>,
@@ -145,6 +148,50 @@ impl From<Mode> for String {
     fn from(mode: Mode) -> String {
         format!("{:03o}", mode.0)
     }
+}
+
+/// `[vfio-user]`
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct VfioUser {
+    /// Which devices have a socket; those that `vfioctl offer` names by default.
+    pub(crate) offer: Option<Offered>,
+    /// The directory of the sockets, `NAME.sock` each, where NAME is the UUID or PCI address;
+    /// `vfio-user` beside the control socket by default.
+    pub(crate) dir: Option<PathBuf>,
+    /// Mode of the sockets, in octal; 600 by default. Who may write to a socket may connect.
+    pub(crate) mode: Option<Mode>,
+    /// Owner of the sockets, by name or number; root by default.
+    pub(crate) owner: Option<String>,
+    /// Group of the sockets, by name or number; root by default.
+    pub(crate) group: Option<String>,
+    /// Users, by name or number, who may be served beside root, whatever the mode lets through;
+    /// everybody by default.
+    pub(crate) users: Option<Vec<User>>,
+    /// True to look for requests without sleeping while a client is connected: a processor each
+    /// for less latency. False by default.
+    pub(crate) poll: Option<bool>,
+}
+
+/// Which devices have a socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Offered {
+    /// Those that somebody asks for.
+    #[default]
+    Asked,
+    /// Every one, from its register to its unregister.
+    All,
+}
+
+/// A user's name or number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "the name or number of a user")]
+pub(crate) enum User {
+    /// Number.
+    Number(u32),
+    /// Name, or a number as text.
+    Name(String),
 }
 
 /// `[parents.NAME]`
@@ -263,6 +310,7 @@ impl Config {
                     group,
                     socket_group,
                 },
+            vfio_user,
             parents,
             mdevs,
         } = later;
@@ -279,6 +327,14 @@ impl Config {
         put(&mut self.nodes.owner, owner);
         put(&mut self.nodes.group, group);
         put(&mut self.nodes.socket_group, socket_group);
+        let sockets = &mut self.vfio_user;
+        put(&mut sockets.offer, vfio_user.offer);
+        put(&mut sockets.dir, vfio_user.dir);
+        put(&mut sockets.mode, vfio_user.mode);
+        put(&mut sockets.owner, vfio_user.owner);
+        put(&mut sockets.group, vfio_user.group);
+        put(&mut sockets.users, vfio_user.users);
+        put(&mut sockets.poll, vfio_user.poll);
         for (name, later) in parents {
             let parent = self.parents.entry(name).or_default();
             put(&mut parent.driver, later.driver);
@@ -334,6 +390,12 @@ mod tests {
             group-mode = "640"
             container-mode = "600"
             group = "kvm"
+            [vfio-user]
+            offer = "all"
+            dir = "/run/sockets"
+            mode = "660"
+            users = ["qemu", 1000]
+            poll = true
             [parents.serial]
             driver = "mtty"
             ports = "pty:/run/ports/{uuid}-{port}"
@@ -351,6 +413,11 @@ mod tests {
         assert_eq!(
             config.sysfs.unregister,
             Some(Unregister::Seconds(Seconds(Duration::from_secs(7))))
+        );
+        assert_eq!(config.vfio_user.offer, Some(Offered::All));
+        assert_eq!(
+            config.vfio_user.users,
+            Some(vec![User::Name("qemu".into()), User::Number(1000)])
         );
         let ports = config.parents.get("serial").unwrap().ports.clone();
         assert_eq!(
@@ -373,6 +440,8 @@ mod tests {
             ("request-interval = -1\n", "line 1"),
             ("uevents = \"all\"\n", "line 1"),
             ("[sysfs]\nunregister = \"never\"\n", "line 2"),
+            ("[vfio-user]\noffer = \"some\"\n", "line 2"),
+            ("[vfio-user]\nusers = [-1]\n", "line 2"),
             ("[parents.x]\nports = \"pyt\"\n", "line 2"),
             ("[mdevs.nonsense]\ntype = \"mtty-1\"\n", "line 1"),
         ] {

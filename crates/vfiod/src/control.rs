@@ -197,6 +197,12 @@ pub(crate) struct Peer<'a> {
 }
 
 impl Peer<'_> {
+    /// True for root and for the daemon's own user, for whom its rights are no more than theirs.
+    pub(crate) fn may_choose_paths(&self) -> bool {
+        rustix::net::sockopt::socket_peercred(self.stream)
+            .is_ok_and(|peer| peer.uid.is_root() || peer.uid == rustix::process::geteuid())
+    }
+
     /// Sends an answer. A client that does not read for long loses its connection.
     ///
     /// # Errors

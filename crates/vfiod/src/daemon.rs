@@ -4,6 +4,7 @@ use crate::calls::Server;
 use crate::config::{self, Config, Driver, Port, Seconds, Unregister, UnregisterWord};
 use crate::control::Control;
 use crate::devices::Requests;
+use crate::vfio_user::Sockets;
 use crate::{Serve, log, uevent};
 use anyhow::Context as _;
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -105,6 +106,8 @@ pub(crate) fn serve(serve: &Serve) -> anyhow::Result<()> {
         _ => None,
     };
     let requests = Requests::watch(&core);
+    // Before the first device: each of them may want a socket.
+    let sockets = Sockets::start(&core, &config, &places.root.join("vfio-user"))?;
     let parents = make_parents(&core, &config)?;
     let options = mount_options(&config, &places)?;
     let mounts =
@@ -116,6 +119,7 @@ pub(crate) fn serve(serve: &Serve) -> anyhow::Result<()> {
         mounts: Arc::clone(&mounts),
         merge: Mutex::default(),
         requests,
+        sockets,
         sys: places.sys(),
         dev: places.dev(),
         uevents: config.uevents.unwrap_or_default(),
@@ -232,7 +236,7 @@ fn first_free_group(sys: &Path) -> u32 {
 }
 
 /// What mediated devices are made of, with what was chosen for single devices.
-fn make_parents(core: &Core, config: &Config) -> anyhow::Result<Vec<Arc<mdev::Parent>>> {
+pub(crate) fn make_parents(core: &Core, config: &Config) -> anyhow::Result<Vec<Arc<mdev::Parent>>> {
     let mut declared = config.parents.clone();
     if declared.is_empty() {
         for name in ["mtty", "mdpy"] {
@@ -299,25 +303,29 @@ fn wire(
 
 fn start_mdevs(config: &Config, parents: &[Arc<mdev::Parent>]) -> anyhow::Result<()> {
     for (uuid, wanted) in &config.mdevs {
-        let fitting = parents
-            .iter()
-            .filter(|parent| {
-                wanted
-                    .parent
-                    .as_deref()
-                    .is_none_or(|name| parent.device().name() == name)
-            })
-            .find_map(|parent| Some((parent, parent.type_named(&wanted.mdev_type)?)));
-        let Some((parent, ty)) = fitting else {
+        let name = wanted.parent.as_deref();
+        let Some((parent, ty)) = type_named(parents, name, &wanted.mdev_type) else {
             anyhow::bail!(
                 "mdevs.{uuid}: {} has the type {:?}",
-                wanted.parent.as_deref().unwrap_or("no parent"),
+                name.unwrap_or("no parent"),
                 wanted.mdev_type
             );
         };
         start_mdev(parent, ty, *uuid).with_context(|| format!("mdevs.{uuid}"))?;
     }
     Ok(())
+}
+
+/// The parent, of this name if there is one, that has a type.
+pub(crate) fn type_named<'a>(
+    parents: &'a [Arc<mdev::Parent>],
+    name: Option<&str>,
+    mdev_type: &str,
+) -> Option<(&'a Arc<mdev::Parent>, usize)> {
+    parents
+        .iter()
+        .filter(|parent| name.is_none_or(|name| parent.device().name() == name))
+        .find_map(|parent| Some((parent, parent.type_named(mdev_type)?)))
 }
 
 fn start_mdev(parent: &Arc<mdev::Parent>, ty: usize, uuid: Uuid) -> Result<(), Errno> {
@@ -360,7 +368,7 @@ pub(crate) fn own_ids() -> (u32, u32) {
 }
 
 /// A user's or group's number from its name or itself.
-fn id(file: &str, name: &str) -> anyhow::Result<u32> {
+pub(crate) fn id(file: &str, name: &str) -> anyhow::Result<u32> {
     if let Ok(number) = name.parse() {
         return Ok(number);
     }
@@ -387,7 +395,7 @@ fn mount_error(errno: Errno, root: &Path) -> anyhow::Error {
 }
 
 /// The soft limit of open files goes to the hard one.
-fn raise_files() {
+pub(crate) fn raise_files() {
     let limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum {
         let raised = Rlimit {
@@ -489,7 +497,7 @@ fn take_apart(
 }
 
 /// The life of each device, in the log.
-fn log_event(notice: &Notice) {
+pub(crate) fn log_event(notice: &Notice) {
     let Notice::Event(event) = notice else {
         return;
     };
@@ -516,7 +524,7 @@ fn log_event(notice: &Notice) {
     }
 }
 
-fn notify(states: &[NotifyState<'_>]) {
+pub(crate) fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         tracing::debug!("service manager: {error}");
     }

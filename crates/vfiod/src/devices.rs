@@ -1,12 +1,13 @@
 //! The core's devices in the words of the control socket.
 
+use crate::vfio_user::Sockets;
 use client_process::{Pid, holders};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use vfio_core::Core;
-use vfio_core::device::{Device, Life};
+use vfio_core::device::{Device, Life, RequestChannel};
 use vfio_core::event::{Event, Notice, Subscription, What};
 use vfio_core::model::{BusDevice, IommuGroup, Subsystem, Waiting, mdev};
 use vfio_fuse::Mounts;
@@ -63,6 +64,8 @@ pub(crate) struct Look<'a> {
     pub(crate) core: &'a Core,
     pub(crate) mounts: Option<&'a Mounts>,
     pub(crate) requests: &'a Requests,
+    /// `None`: nothing is offered.
+    pub(crate) sockets: Option<&'a Sockets>,
     pub(crate) sys: &'a Path,
     pub(crate) dev: &'a Path,
 }
@@ -175,6 +178,10 @@ impl Look<'_> {
         let cdev = vfio
             .as_ref()
             .filter(|_| registered && self.core.config().cdev);
+        let sockets = vfio
+            .as_ref()
+            .map(|device| self.sockets_of(device))
+            .unwrap_or_default();
         let view = view::Device {
             name: vfio.as_ref().map(Device::name),
             address: bus_device.name().to_owned(),
@@ -202,14 +209,15 @@ impl Look<'_> {
                 }),
             users: vfio.as_ref().map(Device::users),
             open: vfio.as_ref().map(Device::is_open),
-            holders: vfio.as_ref().map(openers),
+            holders: vfio.as_ref().map(|device| openers(device, &sockets)),
             pending: waiting
                 .as_ref()
                 .zip(vfio.as_ref())
                 .map(|(waiting, device)| Pending {
-                    holders: openers(device),
+                    holders: openers(device, &sockets),
                     ..self.pending_at(waiting, device)
                 }),
+            sockets,
         };
         Found {
             bus_device: Arc::clone(bus_device),
@@ -234,6 +242,9 @@ impl Look<'_> {
             for_ms: u64::try_from(waiting.since().elapsed().as_millis()).unwrap_or(u64::MAX),
             users: device.users(),
             requests: self.requests.of(device),
+            asked: device
+                .asked()
+                .map(|channel| channel == RequestChannel::Signalled),
             deadline_ms: None,
             holders: Vec::new(),
         }
@@ -268,9 +279,15 @@ impl Look<'_> {
         list
     }
 
+    fn sockets_of(&self, device: &Device) -> Vec<view::Socket> {
+        self.sockets
+            .map(|sockets| sockets.of(device))
+            .unwrap_or_default()
+    }
+
     /// Who holds it now: a look through /proc, completed by what is known of the opens.
     fn users(&self, device: &Device) -> Vec<Holder> {
-        let opened = openers(device);
+        let opened = openers(device, &self.sockets_of(device));
         let Some(mounts) = self.mounts else {
             return opened;
         };
@@ -291,9 +308,13 @@ impl Look<'_> {
                     fds: holder.fds,
                     mapped_bytes: holder.mapped_bytes,
                     via: Via::Device,
+                    ..Holder::default()
                 }
             })
             .collect();
+        // A connection is no file of the device: nothing in /proc tells of it.
+        let connected = opened.iter().filter(|holder| holder.via == Via::Socket);
+        list.extend(connected.cloned());
         // An open file that nobody was found to hold is in flight in a socket, or with a process
         // that we may not look into: its opener is the best that can be told.
         if list.is_empty() && device.users() > 0 {
@@ -443,13 +464,15 @@ fn seen(holder: client_process::Holder, via: Via) -> Holder {
         fds: holder.fds,
         mapped_bytes: holder.mapped_bytes,
         via,
+        ..Holder::default()
     }
 }
 
 /// Who opened it, one entry a process. A process that is gone has passed the file on: what holds it
 /// now, a look through /proc tells.
-fn openers(device: &Device) -> Vec<Holder> {
-    let mut list: Vec<Holder> = Vec::new();
+fn openers(device: &Device, sockets: &[view::Socket]) -> Vec<Holder> {
+    let connected = sockets.iter().filter_map(|socket| socket.client.clone());
+    let mut list: Vec<Holder> = connected.collect();
     for file in device.files() {
         let opener = file.opener();
         if list.iter().any(|other| other.pid == opener.pid) {
@@ -463,9 +486,8 @@ fn openers(device: &Device) -> Vec<Holder> {
             command: now.unwrap_or_else(|| opener.comm.clone()),
             since_us: micros(opener.since),
             since_open: true,
-            fds: Vec::new(),
-            mapped_bytes: 0,
             via: if alive { Via::Device } else { Via::Opener },
+            ..Holder::default()
         });
     }
     list
@@ -520,7 +542,7 @@ pub(crate) fn event(event: &Event) -> vfiod_control::Event {
     }
 }
 
-fn micros(time: SystemTime) -> Option<u64> {
+pub(crate) fn micros(time: SystemTime) -> Option<u64> {
     let since = time.duration_since(UNIX_EPOCH).ok()?;
     u64::try_from(since.as_micros()).ok()
 }

@@ -8,6 +8,7 @@ mod demo;
 mod devices;
 mod log;
 mod uevent;
+mod vfio_user;
 
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
@@ -25,6 +26,8 @@ struct Cli {
 enum Command {
     /// Run in the foreground until SIGTERM or SIGINT; a second one does not wait for users.
     Serve(Serve),
+    /// Serve one device of its own on a vfio-user socket, without a daemon, until SIGTERM.
+    VfioUser(vfio_user::Program),
     /// Show the life of a device, step by step; needs no configuration and leaves nothing behind.
     Demo(demo::Args),
 }
@@ -53,6 +56,7 @@ struct Serve {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(serve) => daemon::serve(&serve),
+        Command::VfioUser(program) => vfio_user::serve_one(&program),
         Command::Demo(args) => demo::run(&args),
     };
     match result {

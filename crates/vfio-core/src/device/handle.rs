@@ -487,7 +487,24 @@ impl Device {
         self.head()
             .core
             .event(self.head(), What::Requested { count });
-        Arc::clone(&self.0).request(count)
+        let channel = Arc::clone(&self.0).request(count);
+        *self
+            .head()
+            .asked
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(channel);
+        channel
+    }
+
+    /// How its users were last asked to let go: `None` when they have not been, and
+    /// [`RequestChannel::None`] when its driver has no way to ask them, so that an unregister waits
+    /// until they leave by themselves.
+    pub fn asked(&self) -> Option<RequestChannel> {
+        *self
+            .head()
+            .asked
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The end of unregister: the group unit goes.

@@ -41,6 +41,8 @@ pub(crate) struct Head {
     pub(crate) group: Mutex<Option<Arc<Group>>>,
     /// Taken in `register`: how it was registered.
     pub(crate) kind: OnceLock<GroupType>,
+    /// What the last request to let go has come to.
+    pub(crate) asked: Mutex<Option<RequestChannel>>,
     life: AtomicU8,
     layout: OnceLock<Box<Layout>>,
     memory: OnceLock<Arc<DeviceMemory>>,
@@ -260,6 +262,7 @@ impl<O: DeviceOps> Shared<O> {
                 files: Mutex::default(),
                 group: Mutex::default(),
                 kind: OnceLock::new(),
+                asked: Mutex::new(None),
                 life: AtomicU8::new(Life::Allocated as u8),
                 layout: OnceLock::new(),
                 memory: OnceLock::new(),

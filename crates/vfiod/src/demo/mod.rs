@@ -374,6 +374,7 @@ impl Demo {
             core: &self.core,
             mounts: self.place.as_ref().and_then(Place::mounts),
             requests: &self.requests,
+            sockets: None,
             sys,
             dev,
         }
