@@ -73,7 +73,8 @@ impl Core {
     /// A core with nothing in it.
     pub fn new(config: Config) -> Core {
         let groups = IommuGroups::new(config.first_iommu_group);
-        let vfio_groups = Groups::new(config.close_grace);
+        let house: Arc<Housekeeper> = Arc::default();
+        let vfio_groups = Groups::new(config.close_grace, &house);
         Core(Arc::new(Inner {
             config,
             indexes: IndexPool::new(0, MINOR_MASK),
@@ -82,7 +83,7 @@ impl Core {
             vfio_groups,
             sets: Sets::default(),
             subscribers: Arc::default(),
-            house: Arc::default(),
+            house,
             model: Model::new(),
             native_mmap: AtomicBool::new(true),
         }))

@@ -13,6 +13,9 @@ use std::time::{Duration, Instant};
 /// How often a mapping without a descriptor is looked for: at first, and at most.
 const LINGER: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(200));
 
+/// How long somebody who finds a device open waits for a look whether it is only mapped.
+pub(crate) const LOOK: Duration = Duration::from_secs(2);
+
 /// Asks and watches.
 #[derive(Default)]
 pub(crate) struct Housekeeper {

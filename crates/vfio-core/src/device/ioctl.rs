@@ -6,6 +6,7 @@
 use super::feature::feature;
 use super::file::{DeviceFile, Grant};
 use super::handle::Device;
+use super::housekeeper::LOOK;
 use super::ops::{GfxQuery, RegionCap};
 use super::shared::{Bind, Binding, GroupType, Leased, Session};
 use crate::caller::Caller;
@@ -23,9 +24,6 @@ use vfio_uapi::device::{
 };
 use vfio_uapi::dialect::{iommufd, vfio};
 use vfio_uapi::ioctl::DeviceIoctl;
-
-/// How long BIND waits for a look whether somebody maps the device although nobody has it open.
-const LOOK: Duration = Duration::from_secs(2);
 
 impl DeviceFile {
     /// An ioctl. Returns what the client's `ioctl()` returns. Before BIND everything but BIND is

@@ -46,7 +46,7 @@ pub use ops::{
 pub use shared::{GroupType, Life};
 pub use slot::ReleaseSlot;
 
-pub(crate) use housekeeper::Housekeeper;
+pub(crate) use housekeeper::{Housekeeper, LOOK};
 pub(crate) use set::Sets;
 pub(crate) use shared::{Binding, Head};
 pub(crate) use users::Rundown;

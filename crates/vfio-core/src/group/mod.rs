@@ -33,7 +33,7 @@ pub(crate) use lease::Lease;
 pub(crate) use table::Groups;
 
 use crate::container::Attached;
-use crate::device::{Device, GroupType, Opener};
+use crate::device::{Device, GroupType, Housekeeper, LOOK, Opener};
 use crate::few::Few;
 use crate::index::Index;
 use crate::iommufd::Joined;
@@ -62,6 +62,7 @@ pub struct Group {
     minor: Index,
     /// [`Config::close_grace`](crate::Config::close_grace), in milliseconds.
     close_grace: u32,
+    house: Arc<Housekeeper>,
     state: Mutex<State>,
     /// Something was given back.
     changed: Condvar,
@@ -117,13 +118,14 @@ impl fmt::Debug for Group {
 }
 
 impl Group {
-    fn new(iommu: &Arc<IommuGroup>, kind: GroupType, minor: Index, close_grace: Duration) -> Group {
+    fn new(iommu: &Arc<IommuGroup>, kind: GroupType, minor: Index, all: &Groups) -> Group {
         Group {
             serial: next(),
             kind,
             id: iommu.id(),
             minor,
-            close_grace: u32::try_from(close_grace.as_millis()).unwrap_or(u32::MAX),
+            close_grace: u32::try_from(all.close_grace.as_millis()).unwrap_or(u32::MAX),
+            house: Arc::clone(&all.house),
             state: Mutex::new(State {
                 iommu: Some(Arc::clone(iommu)),
                 drivers: 1,
@@ -235,6 +237,10 @@ impl Group {
             return state;
         }
         state.waiters += 1;
+        drop(state);
+        // A device that nobody has open may be held by a mapping only, or not any more.
+        self.house.look(LOOK);
+        state = self.state();
         let end = Instant::now() + Duration::from_millis(self.close_grace.into());
         loop {
             let left = end.saturating_duration_since(Instant::now());

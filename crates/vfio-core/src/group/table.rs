@@ -2,7 +2,7 @@
 
 use super::{Backend, Group};
 use crate::Result;
-use crate::device::GroupType;
+use crate::device::{GroupType, Housekeeper};
 use crate::index::{IndexPool, MINOR_MASK};
 use crate::model::IommuGroup;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -14,15 +14,17 @@ use std::time::Duration;
 pub(crate) struct Groups {
     minors: IndexPool,
     table: RwLock<Vec<Option<Arc<Group>>>>,
-    close_grace: Duration,
+    pub(super) close_grace: Duration,
+    pub(super) house: Arc<Housekeeper>,
 }
 
 impl Groups {
-    pub(crate) fn new(close_grace: Duration) -> Groups {
+    pub(crate) fn new(close_grace: Duration, house: &Arc<Housekeeper>) -> Groups {
         Groups {
             minors: IndexPool::new(0, MINOR_MASK),
             table: RwLock::default(),
             close_grace,
+            house: Arc::clone(house),
         }
     }
 
@@ -40,7 +42,7 @@ impl Groups {
         }
         let minor = self.minors.take()?;
         let at = minor.get() as usize;
-        let group = Arc::new(Group::new(iommu, kind, minor, self.close_grace));
+        let group = Arc::new(Group::new(iommu, kind, minor, self));
         if table.len() <= at {
             table.resize(at + 1, None);
         }

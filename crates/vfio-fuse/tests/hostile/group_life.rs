@@ -375,3 +375,46 @@ fn hundreds_of_containers_and_groups() {
         beside.end();
     });
 }
+
+/// A mapping keeps what a descriptor keeps: the device, with it the group's file and the container.
+#[test]
+fn a_mapping_outlives_all_descriptors() {
+    alone!("a_mapping_outlives_all_descriptors", || {
+        let Some(host) = host("a_mapping_outlives_all_descriptors") else {
+            return;
+        };
+        let (_device, seen) = host.device("one");
+        let c = Client::start();
+        for round in 1..=5 {
+            let s = by_group(&host, &c, 0, b"one").unwrap();
+            let (flags, size, offset) = c.region(s.device, 1).unwrap();
+            if flags & 4 == 0 {
+                vfiod_tests::skip(vfiod_tests::skip::NO_PASSTHROUGH);
+                return;
+            }
+            let prot = libc::PROT_READ | libc::PROT_WRITE;
+            let mapped = c.mmap(size, prot, libc::MAP_SHARED, Some(s.device), offset);
+            let mapped = mapped.unwrap();
+            c.touch(mapped, Some(9)).unwrap();
+            assert_eq!(c.pread(s.device, offset, 1), Ok(vec![9]));
+            c.close(s.device);
+            assert_eq!(c.unset_container(s.group), Err(libc::EBUSY), "it is mapped");
+            assert_eq!(c.touch(mapped, None), Ok(9));
+            if round % 2 == 0 {
+                c.munmap(mapped, size);
+                assert_eq!(c.unset_container(s.group), Ok(0), "right after munmap");
+                c.close(s.group);
+            } else {
+                c.close(s.group);
+                assert_eq!(c.open(&host.group(0)), Err(libc::EBUSY), "it is mapped");
+                c.munmap(mapped, size);
+            }
+            c.close(s.container);
+            let group = c.open(&host.group(0)).unwrap();
+            c.close(group);
+            until("the last close", || {
+                seen.closed.load(Ordering::SeqCst) == round
+            });
+        }
+    });
+}

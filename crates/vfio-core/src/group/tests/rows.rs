@@ -527,7 +527,7 @@ fn a_driver_says_which_name_is_its_own() {
 
 #[test]
 fn one_group_for_all_of_an_iommu_group() {
-    let pool = crate::group::Groups::new(Duration::ZERO);
+    let pool = crate::group::Groups::new(Duration::ZERO, &Arc::default());
     let groups = crate::model::IommuGroups::new(0);
     let iommu = groups.create(None).unwrap();
     let (group, is_new) = pool.join(&iommu, GroupType::Physical).unwrap();
