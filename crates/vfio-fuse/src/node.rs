@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use vfio_core::caller::FileObject;
 use vfio_core::device::{Device, WeakDevice};
 use vfio_uapi::ioctl::FileKind;
-use vfio_uapi::private::{OPEN_DEVICE, WHAT, What, kind};
+use vfio_uapi::private::{FEATURE, OPEN_DATA, OPEN_DEVICE, WHAT, What, kind};
 
 /// What all nodes share.
 #[derive(Debug)]
@@ -214,6 +214,8 @@ impl Node {
         let result = caller.and_then(|caller| match cmd {
             WHAT => private::what(&caller, arg, self.what()),
             OPEN_DEVICE => private::open_device(&file, &caller, arg),
+            FEATURE => file.feature_with_files(arg, &caller),
+            OPEN_DATA => private::open_data(&file, &caller, arg),
             _ => file.ioctl(cmd, arg, &caller),
         });
         drop(file);

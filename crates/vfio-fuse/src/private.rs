@@ -8,7 +8,7 @@ use vfio_core::device::DeviceFile;
 use vfio_core::group::GroupFile;
 use vfio_uapi::UserMemory;
 use vfio_uapi::dialect::vfio;
-use vfio_uapi::private::{NAME_MAX, OpenDevice, What};
+use vfio_uapi::private::{NAME_MAX, OpenData, OpenDevice, What};
 
 /// No smaller than what a client's memory can be unmapped by.
 const PAGE: u64 = 4096;
@@ -63,6 +63,20 @@ pub(crate) fn open_device(
         _ => tid,
     };
     file.open_by_group(&group, &name, opener(user, None))?;
+    Ok(0)
+}
+
+/// `OPEN_DATA`.
+pub(crate) fn open_data(
+    file: &DeviceFile,
+    caller: &FuseCaller<'_>,
+    arg: u64,
+) -> Result<u32, Errno> {
+    let (open, _) = vfio::read::<OpenData, _>(caller, arg, size_of::<OpenData>())?;
+    let FileObject::Device(device) = caller.file(open.device_fd)? else {
+        return Err(Errno::BADFD);
+    };
+    file.open_migration_data(&device, open.session)?;
     Ok(0)
 }
 

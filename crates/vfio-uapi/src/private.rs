@@ -30,6 +30,18 @@ pub const OPEN_DEVICE: u32 = io(0xf1);
 /// `EFAULT`; `EINVAL` without a NUL within 4096 bytes; `ENODEV` when the group has no such device, or none any more.
 pub const FIND_DEVICE: u32 = io(0xf2);
 
+/// On a device file: `VFIO_DEVICE_FEATURE` on behalf of a client to whom the caller can give descriptors. The argument is the same, in the
+/// caller's memory. Features of migration, which the device file itself does not have, are there. Where the kernel would return a data
+/// file, `data_fd` is -1 and this returns the number of its session, for [`OPEN_DATA`]; else 0.
+pub const FEATURE: u32 = io(0xf3);
+
+/// On a device file that was opened at its node and does nothing yet: makes it the data file of a migration session. The argument is the
+/// address of an [`OpenData`]. Returns 0.
+///
+/// `EFAULT`, `EINVAL` (`argsz` below 16, a file that is bound), `EBADF` and `EBADFD` (`device_fd` is closed; is no device file of this
+/// daemon), `ESTALE` (it is another device's), `ENODEV` (the session has ended).
+pub const OPEN_DATA: u32 = io(0xf4);
+
 /// Longest name of a device, its NUL included (`drivers/vfio/group.c`, `vfio_group_ioctl_get_device_fd`: `strndup_user(arg, PAGE_SIZE)`).
 pub const NAME_MAX: usize = 4096;
 
@@ -85,13 +97,30 @@ pub struct OpenDevice {
 }
 layout!(OpenDevice, size 24, min 24, { argsz 0, group_fd 4, client_pid 8, name_len 12, name_ptr 16 });
 
+/// The argument of [`OPEN_DATA`].
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
+)]
+#[repr(C)]
+pub struct OpenData {
+    /// Bytes of this structure, at least 16.
+    pub argsz: u32,
+    /// The client's device file, in the caller's table.
+    pub device_fd: i32,
+    /// What [`FEATURE`] returned.
+    pub session: u32,
+    /// Not looked at.
+    pub reserved: u32,
+}
+layout!(OpenData, size 16, min 16, { argsz 0, device_fd 4, session 8, reserved 12 });
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn no_word_is_one_of_the_kernels() {
-        for word in [WHAT, OPEN_DEVICE, FIND_DEVICE] {
+        for word in [WHAT, OPEN_DEVICE, FIND_DEVICE, FEATURE, OPEN_DATA] {
             assert_eq!(word >> 8, u32::from(b'V'));
             assert_ne!((word >> 8) as u8, crate::ioctl::TYPE);
         }

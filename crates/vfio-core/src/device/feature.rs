@@ -10,8 +10,9 @@ use crate::caller::Caller;
 use crate::{Errno, Result};
 use vfio_uapi::device::feature::{
     DmaLoggingControl, DmaLoggingRange, DmaLoggingReport, Feature as Number, FeatureFlags,
-    FeatureHeader, FeatureOp,
+    FeatureHeader, FeatureOp, MigState,
 };
+use vfio_uapi::device::migration::State;
 use vfio_uapi::dialect::vfio;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -27,17 +28,42 @@ const RANGES_MAX: u32 = 256;
 /// Words of a bitmap that are looked at together: 32 KiB, which is 1 GiB of small pages.
 const PIECE: u64 = 4096;
 
-pub(super) fn feature(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
+/// `files`: whoever asks can turn the number of a data session, which is what this returns then,
+/// into a file for the client. 0 otherwise.
+pub(super) fn feature(grant: &Grant, arg: u64, caller: &dyn Caller, files: bool) -> Result<u32> {
     let (head, argsz) = vfio::read::<FeatureHeader, _>(caller, arg, HEAD)?;
     head.flags.check()?;
     let data = arg.checked_add(HEAD as u64).ok_or(Errno::FAULT)?;
     match Number::try_from(head.flags.index()) {
         // The state's data comes through a descriptor, which no ioctl of ours can return. A device
         // that announces what it cannot do is worse than one that does not: QEMU would set no
-        // blocker, find out when its guest is stopped, and reset the device. So a device file is
-        // the file of a device without `mig_ops`; vfio-user has the data on the wire.
-        Ok(Number::Migration | Number::MigDeviceState | Number::MigDataSize) => Err(Errno::NOTTY),
-        Ok(Number::MigPrecopyInfoV2) => Err(Errno::INVAL),
+        // blocker, find out when its guest is stopped, and reset the device. So without a
+        // supervisor this is the file of a device without `mig_ops`.
+        Ok(Number::Migration | Number::MigDeviceState | Number::MigDataSize) if !files => {
+            Err(Errno::NOTTY)
+        }
+        Ok(Number::MigPrecopyInfoV2) if !files => Err(Errno::INVAL),
+        Ok(Number::MigDeviceState) => return migration_state(grant, &head, data, caller),
+        Ok(number @ (Number::Migration | Number::MigDataSize)) => {
+            let session = &grant.session;
+            let flags = session.steps().form()?.flags();
+            if head.check(FeatureFlags::GET, size_of::<u64>())? == FeatureOp::Probe {
+                return Ok(0);
+            }
+            let answer = match number {
+                Number::Migration => flags.bits(),
+                _ => session.machine().data_size(session.steps())?,
+            };
+            caller.copy_out(data, &answer.to_ne_bytes())
+        }
+        Ok(Number::MigPrecopyInfoV2) => {
+            let form = grant.session.steps().form().map_err(|_| Errno::INVAL)?;
+            if !form.pre_copy {
+                return Err(Errno::INVAL);
+            }
+            // Flags are always cleared in the answer, so there is nothing to switch.
+            head.check(FeatureFlags::SET, 0).map(drop)
+        }
         Ok(Number::DmaLoggingStart) => logging_start(grant, &head, data, caller),
         Ok(Number::DmaLoggingStop) => {
             if head.check(FeatureFlags::SET, 0)? == FeatureOp::Set {
@@ -48,6 +74,36 @@ pub(super) fn feature(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
         Ok(Number::DmaLoggingReport) => logging_report(grant, &head, data, caller),
         _ => drivers_own(grant, &head, argsz, data, caller),
     }
+    .map(|()| 0)
+}
+
+/// `vfio_ioctl_device_feature_mig_device_state`. After the arcs the structure is written back
+/// whatever came of them; if that faults, the state has changed all the same.
+fn migration_state(
+    grant: &Grant,
+    head: &FeatureHeader,
+    at: u64,
+    caller: &dyn Caller,
+) -> Result<u32> {
+    let session = &grant.session;
+    session.steps().form()?;
+    let both = FeatureFlags::GET | FeatureFlags::SET;
+    let op = head.check(both, size_of::<MigState>())?;
+    if op == FeatureOp::Probe {
+        return Ok(0);
+    }
+    let mut asked: MigState = read(caller, at)?;
+    let answer = if op == FeatureOp::Get {
+        asked.device_state = session.machine().state() as u32;
+        Ok(0)
+    } else {
+        State::try_from(asked.device_state)
+            .and_then(|to| session.machine().set(session.steps(), to))
+            .map(|opened| opened.map_or(0, |opened| opened.session))
+    };
+    asked.data_fd = -1;
+    caller.copy_out(at, asked.as_bytes())?;
+    answer
 }
 
 fn drivers_own(

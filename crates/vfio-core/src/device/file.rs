@@ -2,6 +2,7 @@
 //! device.
 
 use super::handle::{Device, User, WeakDevice};
+use super::migration::DataFile;
 use super::ops::RegionPos;
 use super::shared::{Leased, Life, Session};
 use crate::event::What;
@@ -46,6 +47,8 @@ enum State {
     Opened(User),
     /// Bound.
     Granted(Arc<Grant>),
+    /// Not the device any more, but the data of its migration.
+    Data(DataFile),
     /// Cut off: everything is `ENODEV`.
     Dead,
     /// Closed. A request that comes later is the transport's mistake; it gets `ENODEV` too.
@@ -66,6 +69,7 @@ impl fmt::Debug for DeviceFile {
         let state = match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
             State::Opened(_) => "opened",
             State::Granted(_) => "bound",
+            State::Data(_) => "data",
             State::Dead => "dead",
             State::Released => "released",
         };
@@ -131,6 +135,9 @@ impl DeviceFile {
     /// Reads at a file offset. `EINVAL` before BIND and past the last region, `ENODEV` when the
     /// device is gone, else the driver's answer. 0 bytes succeed without asking it.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        if let Some(data) = self.data() {
+            return data.read(buf);
+        }
         let (grant, at) = self.locate(offset)?;
         if buf.is_empty() {
             return Ok(0);
@@ -140,6 +147,9 @@ impl DeviceFile {
 
     /// Writes at a file offset; as [`read`](DeviceFile::read).
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<usize> {
+        if let Some(file) = self.data() {
+            return file.write(data);
+        }
         let (grant, at) = self.locate(offset)?;
         if data.is_empty() {
             return Ok(0);
@@ -236,15 +246,41 @@ impl DeviceFile {
         match &*self.state() {
             State::Granted(grant) => Ok(Arc::clone(grant)),
             State::Opened(_) => Err(Errno::INVAL),
+            State::Data(_) => Err(Errno::NOTTY),
             State::Dead | State::Released => Err(Errno::NODEV),
         }
+    }
+
+    /// The data it is, if it is no device.
+    pub(super) fn data(&self) -> Option<DataFile> {
+        match &*self.state() {
+            State::Data(data) => Some(data.clone()),
+            _ => None,
+        }
+    }
+
+    /// Makes it the data of a migration, for somebody.
+    pub(super) fn give_data(&self, data: DataFile, user: Opener) -> Result {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        if !matches!(&*state, State::Opened(_)) {
+            return Err(Errno::INVAL);
+        }
+        let before = std::mem::replace(&mut *state, State::Data(data));
+        drop(state);
+        let _ = self.user.set(Opener {
+            node: self.opener.node,
+            ..user
+        });
+        // It counts no more, and whoever waits for that may go on.
+        drop(before);
+        Ok(())
     }
 
     /// The device of a file that may still BIND. `EINVAL` when it is bound, `ENODEV` when cut off.
     pub(super) fn unbound(&self) -> Result<Device> {
         match &*self.state() {
             State::Opened(user) => Ok(user.device().clone()),
-            State::Granted(_) => Err(Errno::INVAL),
+            State::Granted(_) | State::Data(_) => Err(Errno::INVAL),
             State::Dead | State::Released => Err(Errno::NODEV),
         }
     }

@@ -31,6 +31,9 @@ impl DeviceFile {
     ///
     /// It may wait for the client's memory as long as the client likes; no lock is held then.
     pub fn ioctl(&self, cmd: u32, arg: u64, caller: &dyn Caller) -> Result<u32> {
+        if let Some(data) = self.data() {
+            return data.ioctl(cmd, arg, caller);
+        }
         let known = DeviceIoctl::try_from(cmd);
         if known == Ok(DeviceIoctl::BindIommufd) {
             return self.bind(arg, caller).map(|()| 0);
@@ -44,7 +47,7 @@ impl DeviceFile {
             DeviceIoctl::SetIrqs => return set_irqs(grant, arg, caller),
             DeviceIoctl::Reset => grant.session.reset(),
             DeviceIoctl::QueryGfxPlane => query_gfx_plane(grant, arg, caller),
-            DeviceIoctl::Feature => feature(grant, arg, caller),
+            DeviceIoctl::Feature => return feature(grant, arg, caller, false),
             // Of a group's file the driver is asked, and no driver knows them.
             DeviceIoctl::AttachIommufdPt | DeviceIoctl::DetachIommufdPt if grant.by_group => {
                 Err(Errno::NOTTY)
@@ -54,6 +57,15 @@ impl DeviceFile {
             _ => Err(Errno::NOTTY),
         }
         .map(|()| 0)
+    }
+
+    /// `VFIO_DEVICE_FEATURE` for a client to whom somebody can give descriptors: migration is a
+    /// feature of the device then. Where the kernel would return a data file, this returns the number
+    /// of its session, for [`open_migration_data`](DeviceFile::open_migration_data), and -1 in the
+    /// structure; else 0. Errnos as the ioctl.
+    pub fn feature_with_files(&self, arg: u64, caller: &dyn Caller) -> Result<u32> {
+        let grant = self.grant()?;
+        feature(&grant, arg, caller, true)
     }
 
     /// `VFIO_DEVICE_BIND_IOMMUFD`, checks in the order of `vfio_df_ioctl_bind_iommufd`.

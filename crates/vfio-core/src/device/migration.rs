@@ -5,6 +5,7 @@
 //! device again, in another process too.
 
 mod arcs;
+mod data_file;
 mod driver;
 mod machine;
 mod stream;
@@ -15,6 +16,7 @@ use std::borrow::Cow;
 pub use vfio_uapi::device::feature::MigrationFlags;
 pub use vfio_uapi::device::migration::State;
 
+pub(crate) use data_file::DataFile;
 pub(crate) use machine::{Machine, Steps};
 
 /// What a driver offers so that its devices can migrate; see
@@ -150,7 +152,8 @@ impl DeviceFile {
     /// A device is in `RUNNING` after its first open and after a reset.
     pub fn set_migration_state(&self, to: State) -> Result<Option<DataDirection>> {
         let session = &self.grant()?.session;
-        session.machine().set(session.steps(), to)
+        let opened = session.machine().set(session.steps(), to)?;
+        Ok(opened.map(|opened| opened.direction))
     }
 
     /// An estimate of the bytes that can be read until the end of `STOP_COPY`
@@ -166,7 +169,7 @@ impl DeviceFile {
     pub fn migration_read(&self, buf: &mut [u8]) -> Result<usize> {
         let session = &self.grant()?.session;
         session.steps().form()?;
-        session.machine().read(buf)
+        session.machine().read(None, buf)
     }
 
     /// Takes the next bytes of a saved device, all of them or none. `ENOMEM` beyond the longest
@@ -174,9 +177,9 @@ impl DeviceFile {
     /// `EBADF` while saving, `ENODEV` when no session is open (any more).
     pub fn migration_write(&self, data: &[u8]) -> Result<usize> {
         let session = &self.grant()?.session;
-        session.machine().write(session.steps(), data)
+        session.machine().write(session.steps(), None, data)
     }
 }
 
 #[cfg(all(test, not(feature = "shuttle")))]
-mod tests;
+pub(super) mod tests;

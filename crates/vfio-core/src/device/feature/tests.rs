@@ -333,3 +333,197 @@ fn the_log_ends_with_the_last_close() {
         Err(Errno::INVAL)
     );
 }
+
+/// Migration for a client that somebody gives descriptors to.
+mod with_files {
+    use super::*;
+    use crate::device::migration::tests::{bench, stream};
+    use vfio_uapi::device::feature::MigState;
+    use vfio_uapi::device::migration::{PrecopyInfo, State};
+    use vfio_uapi::ioctl::VFIO_MIG_GET_PRECOPY_INFO;
+
+    fn feature<T>(
+        file: &DeviceFile,
+        argsz: u32,
+        op: u32,
+        feature: Feature,
+        data: &mut T,
+    ) -> Result<u32>
+    where
+        T: FromBytes + IntoBytes + Immutable,
+    {
+        let mut arg = argsz.to_ne_bytes().to_vec();
+        arg.extend((op | feature as u32).to_ne_bytes());
+        arg.extend(data.as_bytes());
+        let done = file.feature_with_files(address(arg.as_mut_slice()), &Us::default());
+        *data = T::read_from_bytes(&std::hint::black_box(&arg)[8..]).unwrap();
+        done
+    }
+
+    fn set(file: &DeviceFile, to: u32) -> (Result<u32>, MigState) {
+        let mut state = MigState {
+            device_state: to,
+            data_fd: 77,
+        };
+        let done = feature(file, 16, SET, Feature::MigDeviceState, &mut state);
+        (done, state)
+    }
+
+    fn data_file(
+        registration: &Registration,
+        of: &DeviceFile,
+        session: u32,
+    ) -> Result<Arc<DeviceFile>> {
+        let file = registration.device().open_cdev(of.opener().clone())?;
+        file.open_migration_data(of, session)?;
+        Ok(file)
+    }
+
+    fn precopy_info(file: &DeviceFile, argsz: u32) -> Result<PrecopyInfo> {
+        let mut info = PrecopyInfo {
+            argsz,
+            ..PrecopyInfo::default()
+        };
+        let mut bytes = info.as_bytes().to_vec();
+        let at = address(bytes.as_mut_slice());
+        file.ioctl(VFIO_MIG_GET_PRECOPY_INFO, at, &Us::default())?;
+        info = PrecopyInfo::read_from_bytes(std::hint::black_box(&bytes)).unwrap();
+        Ok(info)
+    }
+
+    #[test]
+    fn features() {
+        let bench = bench();
+        let file = &bench.file;
+        let mut word = 0u64;
+        for (argsz, op, number, want) in [
+            (16, GET, Feature::Migration, Ok(7)),
+            (16, GET, Feature::MigDataSize, Ok(72)),
+            (15, GET, Feature::Migration, Err(Errno::INVAL)),
+            (16, SET, Feature::Migration, Err(Errno::INVAL)),
+            (8, GET | PROBE, Feature::Migration, Ok(0)),
+            (8, GET | SET | PROBE, Feature::MigDeviceState, Ok(0)),
+            (16, GET, Feature::MigDeviceState, Ok(2 | 0xffff_ffff << 32)),
+            (8, SET, Feature::MigPrecopyInfoV2, Ok(0)),
+            (8, GET, Feature::MigPrecopyInfoV2, Err(Errno::INVAL)),
+        ] {
+            word = 0;
+            let done = feature(file, argsz, op, number, &mut word);
+            assert_eq!(done.map(|_| word), want, "{argsz} {op:#x} {number}");
+        }
+        // Not of the file alone, nor of a device that cannot migrate.
+        let alone = file.ioctl(
+            DeviceIoctl::Feature as u32,
+            {
+                let mut arg = [16, GET | Feature::Migration as u32, 0, 0];
+                address(&mut arg)
+            },
+            &Us::default(),
+        );
+        assert_eq!(alone, Err(Errno::NOTTY));
+        let other = Bench::new();
+        for number in [
+            Feature::Migration,
+            Feature::MigDeviceState,
+            Feature::MigDataSize,
+        ] {
+            let done = feature(&other.file, 16, GET, number, &mut word);
+            assert_eq!(done, Err(Errno::NOTTY));
+        }
+        let done = feature(
+            &other.file,
+            8,
+            SET | PROBE,
+            Feature::MigPrecopyInfoV2,
+            &mut word,
+        );
+        assert_eq!(done, Err(Errno::INVAL));
+    }
+
+    #[test]
+    fn a_state_is_written_back_whatever_came_of_it() {
+        let bench = bench();
+        for (to, want) in [
+            (State::Stop as u32, Ok(0)),
+            (State::Error as u32, Err(Errno::INVAL)),
+            (8, Err(Errno::INVAL)),
+            (State::StopCopy as u32, Ok(1)),
+            (State::PreCopy as u32, Err(Errno::INVAL)),
+            (State::StopCopy as u32, Ok(0)),
+            (State::Resuming as u32, Ok(2)),
+        ] {
+            let (done, state) = set(&bench.file, to);
+            assert_eq!(done, want, "to {to}");
+            assert_eq!((state.device_state, state.data_fd), (to, -1));
+        }
+    }
+
+    #[test]
+    fn data_files_live_as_long_as_their_session() {
+        let stream = stream(9);
+        let bench = bench();
+        let (registration, file) = (&bench.registration, &bench.file);
+        let users = registration.device().users();
+        let Ok(session) = set(file, State::PreCopy as u32).0 else {
+            panic!("refused");
+        };
+        assert_eq!(
+            data_file(registration, file, session + 1).err(),
+            Some(Errno::NODEV)
+        );
+        let data = data_file(registration, file, session).unwrap();
+        assert_eq!(registration.device().users(), users, "it is no user");
+        let bind = DeviceIoctl::BindIommufd as u32;
+        assert_eq!(data.ioctl(bind, 0, &Us::default()), Err(Errno::NOTTY));
+        assert_eq!(data.open_migration_data(file, session), Err(Errno::INVAL));
+        let info = precopy_info(&data, 24).unwrap();
+        assert_eq!((info.initial_bytes, info.dirty_bytes), (48, 0));
+        assert_eq!(precopy_info(&data, 23).err(), Some(Errno::INVAL));
+        let mut buf = [0; 100];
+        // A stream: the offset says nothing.
+        assert_eq!(data.read(1 << 40, &mut buf[..40]), Ok(40));
+        assert_eq!(data.read(0, &mut buf[40..]), Ok(8));
+        assert_eq!(data.read(0, &mut buf[48..]), Err(Errno::NOMSG));
+        assert_eq!(set(file, State::StopCopy as u32).0, Ok(0));
+        assert_eq!(precopy_info(&data, 24).err(), Some(Errno::INVAL));
+        assert_eq!(data.read(0, &mut buf[48..]), Ok(16));
+        assert_eq!(data.read(0, &mut buf), Ok(0));
+        assert_eq!(data.write(0, &[1]), Err(Errno::BADF));
+
+        // The next session is not this file's.
+        let Ok(next) = set(file, State::Resuming as u32).0 else {
+            panic!("refused");
+        };
+        assert_eq!(data.read(0, &mut buf), Err(Errno::NODEV));
+        assert_eq!(data.write(0, &stream), Err(Errno::NODEV));
+        assert_eq!(precopy_info(&data, 24).err(), Some(Errno::NODEV));
+        let incoming = data_file(registration, file, next).unwrap();
+        assert_eq!(incoming.read(0, &mut buf), Err(Errno::BADF));
+        assert_eq!(incoming.write(0, &stream), Ok(stream.len()));
+        assert_eq!(set(file, State::Running as u32).0, Ok(0));
+
+        // Another device's, and one that is closed.
+        let other = self::bench();
+        let stray = registration
+            .device()
+            .open_cdev(file.opener().clone())
+            .unwrap();
+        let Ok(elsewhere) = set(&other.file, State::StopCopy as u32).0 else {
+            panic!("refused");
+        };
+        assert_eq!(
+            stray.open_migration_data(&other.file, elsewhere),
+            Err(Errno::STALE)
+        );
+        let orphan = data_file(&other.registration, &other.file, elsewhere).unwrap();
+        other.file.release();
+        assert_eq!(orphan.read(0, &mut buf), Err(Errno::NODEV));
+        other.registration.unregister().wait();
+        assert_eq!(
+            orphan.read(0, &mut buf),
+            Err(Errno::NODEV),
+            "it outlives its device"
+        );
+        orphan.release();
+    }
+}

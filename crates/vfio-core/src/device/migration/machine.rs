@@ -28,6 +28,16 @@ pub(crate) struct Machine(Mutex<Inner>);
 struct Inner {
     state: State,
     data: Data,
+    /// Counts sessions, so that a file of one is not a file of the next.
+    session: u32,
+}
+
+/// A data session that an arc has opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Opened {
+    pub(crate) direction: DataDirection,
+    /// Never 0, and no larger than an `i32` can be.
+    pub(crate) session: u32,
 }
 
 /// The data session.
@@ -43,6 +53,7 @@ impl Default for Machine {
         Machine(Mutex::new(Inner {
             state: State::Running,
             data: Data::None,
+            session: 0,
         }))
     }
 }
@@ -58,7 +69,7 @@ impl Machine {
         self.lock().state
     }
 
-    pub(crate) fn set(&self, driver: &dyn Steps, to: State) -> Result<Option<DataDirection>> {
+    pub(crate) fn set(&self, driver: &dyn Steps, to: State) -> Result<Option<Opened>> {
         let form = driver.form()?;
         let mut inner = self.lock();
         let mut opened = None;
@@ -75,7 +86,29 @@ impl Machine {
                 });
             }
         }
-        Ok(opened)
+        Ok(opened.map(|direction| {
+            inner.session = (inner.session % (u32::MAX >> 1)) + 1;
+            Opened {
+                direction,
+                session: inner.session,
+            }
+        }))
+    }
+
+    /// Whether the data of a session can still be had. `ENODEV` when it has ended.
+    pub(crate) fn check(&self, session: u32) -> Result {
+        self.lock().check(Some(session))
+    }
+
+    /// Bytes that can be read ahead. `EINVAL` when the device does not run, `ENODEV` when the session
+    /// has ended.
+    pub(crate) fn precopy_left(&self, session: u32) -> Result<u64> {
+        let inner = self.lock();
+        inner.check(Some(session))?;
+        match &inner.data {
+            Data::Saving(data) if inner.state != State::StopCopy => Ok(data.left() as u64),
+            _ => Err(Errno::INVAL),
+        }
     }
 
     /// Resets the device. What a reset in the midst of a step means for it is nobody's guess: it
@@ -106,8 +139,10 @@ impl Machine {
         Ok(())
     }
 
-    pub(crate) fn read(&self, buf: &mut [u8]) -> Result<usize> {
+    /// Of that session, or of whichever is open.
+    pub(crate) fn read(&self, session: Option<u32>, buf: &mut [u8]) -> Result<usize> {
         let mut inner = self.lock();
+        inner.check(session)?;
         let state = inner.state;
         match &mut inner.data {
             Data::Saving(data) => match data.read(buf) {
@@ -119,9 +154,17 @@ impl Machine {
         }
     }
 
-    pub(crate) fn write(&self, driver: &dyn Steps, data: &[u8]) -> Result<usize> {
+    /// As [`read`](Machine::read).
+    pub(crate) fn write(
+        &self,
+        driver: &dyn Steps,
+        session: Option<u32>,
+        data: &[u8],
+    ) -> Result<usize> {
         let form = driver.form()?;
-        match &mut self.lock().data {
+        let mut inner = self.lock();
+        inner.check(session)?;
+        match &mut inner.data {
             Data::Resuming(incoming) => incoming.write(&form, data),
             Data::Saving(_) => Err(Errno::BADF),
             Data::None => Err(Errno::NODEV),
@@ -144,6 +187,14 @@ fn is_p2p(state: State) -> bool {
 }
 
 impl Inner {
+    fn check(&self, session: Option<u32>) -> Result {
+        let other = session.is_some_and(|session| session != self.session);
+        if other || matches!(self.data, Data::None) {
+            return Err(Errno::NODEV);
+        }
+        Ok(())
+    }
+
     /// One arc. On `Refused` nothing has changed.
     fn step(&mut self, driver: &dyn Steps, form: &Form, to: State) -> Result<(), StepError> {
         match (self.state, to) {

@@ -168,9 +168,9 @@ fn open(device: &Device) -> Arc<DeviceFile> {
     device.open_direct(opener, Arc::new(Nowhere)).unwrap()
 }
 
-struct Bench {
-    registration: Registration,
-    file: Arc<DeviceFile>,
+pub(in crate::device) struct Bench {
+    pub(in crate::device) registration: Registration,
+    pub(in crate::device) file: Arc<DeviceFile>,
     script: Arc<Script>,
 }
 
@@ -188,8 +188,13 @@ fn bench_of(script: Script) -> Bench {
     }
 }
 
-fn bench() -> Bench {
+pub(in crate::device) fn bench() -> Bench {
     bench_of(Script::new(true, true))
+}
+
+/// The stream of a device that holds `value`.
+pub(in crate::device) fn stream(value: u64) -> Vec<u8> {
+    bench().stream(value)
 }
 
 impl Bench {

@@ -12,13 +12,14 @@ use rustix::io::Errno;
 use seccomp_notify::{Filter, Listener, Notification};
 use std::ffi::CString;
 use std::sync::Arc;
-use vfio_uapi::ioctl::VFIO_GROUP_GET_DEVICE_FD;
+use vfio_uapi::ioctl::{VFIO_DEVICE_FEATURE, VFIO_GROUP_GET_DEVICE_FD};
 
 /// The calls that are trapped: the ioctls whose answer is a descriptor or that are KVM's, and those
 /// that say what a file is.
 pub(super) fn filter() -> Filter {
     let words = [
         VFIO_GROUP_GET_DEVICE_FD,
+        VFIO_DEVICE_FEATURE,
         KVM_CREATE_DEVICE,
         KVM_SET_DEVICE_ATTR,
         KVM_HAS_DEVICE_ATTR,
@@ -67,7 +68,7 @@ impl Handler for Supervisor {
             Some(StatCall { path: Some(_), .. }) => return false,
             Some(stat) => stat.dirfd,
             None => match word(call, 1) {
-                VFIO_GROUP_GET_DEVICE_FD => descriptor(call),
+                VFIO_GROUP_GET_DEVICE_FD | VFIO_DEVICE_FEATURE => descriptor(call),
                 // These are rare, and about files that are no files of ours.
                 _ => return false,
             },
@@ -113,6 +114,7 @@ impl Supervisor {
         }
         match word(call, 1) {
             VFIO_GROUP_GET_DEVICE_FD => self.get_device_fd(caller, call),
+            VFIO_DEVICE_FEATURE => self.feature(caller, call),
             KVM_CREATE_DEVICE => self.kvm.create(self, caller, call),
             _ => self.kvm.attribute(self, caller, call),
         }
@@ -236,7 +238,7 @@ fn int(call: &Notification, index: usize) -> i32 {
     word(call, index).cast_signed()
 }
 
-fn descriptor(call: &Notification) -> i32 {
+pub(super) fn descriptor(call: &Notification) -> i32 {
     int(call, 0)
 }
 

@@ -14,6 +14,7 @@
 
 mod calls;
 mod kvm;
+mod migration;
 mod nodes;
 mod path;
 mod pool;

@@ -7,7 +7,9 @@
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use rustix::io::Errno;
 use std::mem::MaybeUninit;
-use vfio_uapi::private::{FIND_DEVICE, OPEN_DEVICE, OpenDevice, WHAT, What};
+use vfio_uapi::private::{
+    FEATURE, FIND_DEVICE, OPEN_DATA, OPEN_DEVICE, OpenData, OpenDevice, WHAT, What,
+};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 fn errno() -> Errno {
@@ -52,6 +54,30 @@ pub(super) fn open_device(
     };
     // SAFETY: the command reads the structure, and `name_len` bytes at `name_ptr`; both live on.
     let done = unsafe { libc::ioctl(device.as_raw_fd(), OPEN_DEVICE.into(), &raw const open) };
+    result(done).map(drop)
+}
+
+/// `VFIO_DEVICE_FEATURE` for a client that can be given descriptors, for features with at most 8 bytes
+/// of data.
+pub(super) fn feature(device: BorrowedFd<'_>, arg: &mut [u8; 16]) -> Result<u32, Errno> {
+    // SAFETY: the command reads and writes the header and, for these features, 8 bytes of data.
+    result(unsafe { libc::ioctl(device.as_raw_fd(), FEATURE.into(), arg.as_mut_ptr()) })
+}
+
+/// Makes a file opened at a device's node the data of a migration session of that device.
+pub(super) fn open_data(
+    file: BorrowedFd<'_>,
+    device: BorrowedFd<'_>,
+    session: u32,
+) -> Result<(), Errno> {
+    let open = OpenData {
+        argsz: u32::try_from(size_of::<OpenData>()).unwrap_or(0),
+        device_fd: device.as_raw_fd(),
+        session,
+        reserved: 0,
+    };
+    // SAFETY: the command reads the structure.
+    let done = unsafe { libc::ioctl(file.as_raw_fd(), OPEN_DATA.into(), &raw const open) };
     result(done).map(drop)
 }
 
