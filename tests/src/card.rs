@@ -34,6 +34,14 @@ ports = "unix:{root}/port-{port}"
 /// # Panics
 /// The daemon does not serve, or makes no card.
 pub fn card() -> Option<(Prefix, Daemon)> {
+    card_with("")
+}
+
+/// The same with more configuration.
+///
+/// # Panics
+/// As [`card`].
+pub fn card_with(more: &str) -> Option<(Prefix, Daemon)> {
     let prefix = match daemon::possible().and_then(|()| Prefix::find()) {
         Ok(prefix) => prefix,
         Err(reason) => {
@@ -41,7 +49,7 @@ pub fn card() -> Option<(Prefix, Daemon)> {
             return None;
         }
     };
-    let daemon = Daemon::start(CONFIG).expect("vfiod serves");
+    let daemon = Daemon::start(&format!("{CONFIG}{more}")).expect("vfiod serves");
     let printed = daemon
         .check(&["start", "mtty-2", "--uuid", UUID])
         .expect("the card is made");
@@ -56,7 +64,14 @@ pub fn card() -> Option<(Prefix, Daemon)> {
 pub fn boot(builder: Builder, daemon: &Daemon) -> Guest {
     let runner = daemon.runner();
     let runner: Vec<&str> = runner.iter().map(String::as_str).collect();
-    let guest = builder.boot_under(&runner).expect("the guest boots");
+    uncomplaining(builder.boot_under(&runner).expect("the guest boots"))
+}
+
+/// A guest whose QEMU has complained of nothing.
+///
+/// # Panics
+/// It has.
+pub fn uncomplaining(guest: Guest) -> Guest {
     // QEMU warns of what the device could not do for it.
     for line in guest.log().lines() {
         assert!(

@@ -174,7 +174,7 @@ pub struct Holder {
     /// With [`Via::Socket`]: the path of the socket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<String>,
-    /// With [`Via::Socket`]: what speaks, by its handshake: `qemu`, `rust`, `spdk`, `libvfio-user`.
+    /// With [`Via::Socket`]: what speaks, by its handshake: `QEMU`, `rust vfio_user`, `SPDK`, `libvfio-user` or `unknown`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client: Option<String>,
 }
