@@ -10,6 +10,10 @@ use anyhow::Context;
 use anyhow::Result;
 use anyhow::bail;
 use rustix::fs::MemfdFlags;
+use vfio_uapi::container::DmaMap;
+use vfio_uapi::container::DmaUnmap;
+use vfio_uapi::container::MapFlags as DmaFlags;
+use vfio_uapi::container::extension;
 use vfio_uapi::device::AttachFlags;
 use vfio_uapi::device::AttachIommufdPt;
 use vfio_uapi::device::BindFlags;
@@ -27,11 +31,17 @@ use super::peer::word;
 use super::raw;
 use super::raw::Mapped;
 
+/// What a container maps at once, and of how much there are many.
+const LARGE: u64 = 2 << 20;
+const SMALL: u64 = 4096;
+
 /// What a client has open.
 #[derive(Debug, Default)]
 pub(super) struct Client {
     nodes: Vec<File>,
     iommu: Option<File>,
+    /// Keeps what is mapped in the container.
+    member: Option<File>,
     memory: Vec<(Option<rustix::fd::OwnedFd>, Mapped)>,
     group: Option<Group>,
 }
@@ -64,6 +74,9 @@ impl Converse for Client {
                 self.iommu = Some(iommu);
                 Ok(String::new())
             }
+            ["contain", directory] => self.contain(directory),
+            ["map-unmap", ..] => self.map_unmap(words),
+            ["map-after", ..] => self.map_after(words),
             ["map", kind, ..] => self.map(kind, word(words, 2)?),
             ["pread", ..] => self.calls(words, pread),
             ["pwrite", ..] => self.calls(words, pwrite),
@@ -195,6 +208,34 @@ impl Group {
     }
 }
 
+fn map_dma(container: &File, vaddr: u64, iova: u64, size: u64) -> Result<()> {
+    let mut map = DmaMap {
+        argsz: 32,
+        flags: DmaFlags::READ | DmaFlags::WRITE,
+        vaddr,
+        iova,
+        size,
+    };
+    raw::ioctl(container, ioctl::VFIO_IOMMU_MAP_DMA, &mut map)?;
+    Ok(())
+}
+
+fn unmap_dma(container: &File, iova: u64, size: u64) -> Result<()> {
+    let mut unmap = DmaUnmap {
+        argsz: 24,
+        iova,
+        size,
+        ..DmaUnmap::default()
+    };
+    raw::ioctl(container, ioctl::VFIO_IOMMU_UNMAP_DMA, &mut unmap)?;
+    anyhow::ensure!(
+        unmap.size == size,
+        "{} bytes of {size} unmapped",
+        unmap.size
+    );
+    Ok(())
+}
+
 /// `pread`s a second.
 fn rate(node: &File, time: Duration) -> Result<String> {
     let begin = Instant::now();
@@ -225,6 +266,75 @@ impl Client {
             }
         });
         outcome?;
+        Ok(time.to_string())
+    }
+
+    /// Opens a container with a group in it, as the next node, and makes memory to map.
+    fn contain(&mut self, directory: &str) -> Result<String> {
+        let container = open(&format!("{directory}/vfio"))?;
+        let number = std::fs::read_dir(directory)?
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .find(|name| name.parse::<u32>().is_ok())
+            .context("there is no group")?;
+        let group = open(&format!("{directory}/{number}"))?;
+        let mut fd = container.as_raw_fd();
+        raw::ioctl(&group, ioctl::VFIO_GROUP_SET_CONTAINER, &mut fd).context("SET_CONTAINER")?;
+        raw::ioctl_value(
+            &container,
+            ioctl::VFIO_SET_IOMMU,
+            extension::TYPE1_V2 as usize,
+        )
+        .context("SET_IOMMU")?;
+        self.nodes.push(container);
+        self.member = Some(group);
+        let file = rustix::fs::memfd_create("bench", MemfdFlags::CLOEXEC)?;
+        rustix::fs::ftruncate(&file, LARGE)?;
+        let mapped = Mapped::shared(&file, usize::try_from(LARGE)?)?;
+        self.memory.push((Some(file), mapped));
+        Ok(String::new())
+    }
+
+    /// The address of the memory that `contain` made.
+    fn address(&self) -> Result<u64> {
+        let (_, mapped) = self.memory.last().context("there is no memory")?;
+        Ok(mapped.address())
+    }
+
+    /// Nanoseconds that mapping and unmapping of 2 MiB take together.
+    fn map_unmap(&self, words: &[&str]) -> Result<String> {
+        let node = self.node(words)?;
+        let vaddr = self.address()?;
+        let mut outcome = Ok(());
+        let time = measure::typical(word(words, 2)?, || {
+            let both = map_dma(node, vaddr, 0, LARGE).and_then(|()| unmap_dma(node, 0, LARGE));
+            if let Err(error) = both {
+                outcome = Err(error);
+            }
+        });
+        outcome?;
+        Ok(time.to_string())
+    }
+
+    /// Nanoseconds that mapping of a page takes when so many others are mapped.
+    fn map_after(&self, words: &[&str]) -> Result<String> {
+        let node = self.node(words)?;
+        let vaddr = self.address()?;
+        let page = |n: u64| {
+            let from = vaddr + n % (LARGE / SMALL) * SMALL;
+            map_dma(node, from, n * SMALL, SMALL)
+        };
+        let before: u64 = word(words, 2)?;
+        (0..before).try_for_each(page)?;
+        let mut next = before;
+        let mut outcome = Ok(());
+        let time = measure::typical(word(words, 3)?, || {
+            if let Err(error) = page(next) {
+                outcome = Err(error);
+            }
+            next += 1;
+        });
+        outcome?;
+        unmap_dma(node, 0, next * SMALL)?;
         Ok(time.to_string())
     }
 

@@ -2,6 +2,7 @@
 //! the machine cancels out. The rows are in the files beside this one.
 
 mod client;
+mod container;
 mod dma;
 mod iova;
 mod lifecycle;
@@ -96,15 +97,16 @@ impl Row {
 /// All rows, in the order of the table.
 fn all() -> Vec<Benchmark> {
     let (first, last) = requests::ROWS.split_at(5);
-    [
+    let rows: [&[Benchmark]; 7] = [
         first,
         &dma::ROWS,
+        &container::ROWS,
         &iova::ROWS,
         &lifecycle::ROWS,
         &supervised::ROWS,
         last,
-    ]
-    .concat()
+    ];
+    rows.concat()
 }
 
 /// Runs the benchmarks and prints the table. True if each goal is met or its miss explained.

@@ -20,6 +20,9 @@ use fuse_server::Root;
 use nix::sys::uio;
 use rustix::io::Errno;
 use rustix::thread::CpuSet;
+use vfio_uapi::container::DmaMap;
+use vfio_uapi::container::DmaUnmap;
+use vfio_uapi::ioctl;
 
 use super::peer::Converse;
 use super::peer::now;
@@ -36,7 +39,7 @@ const BATCH_FORGET: u32 = 42;
 
 /// Bytes of `struct fuse_out_header`.
 const OUT_HEADER: usize = 16;
-/// What the argument of an ioctl has.
+/// What the argument of an ioctl has at most.
 const ARGUMENT: usize = 32;
 /// How often the server that follows looks where its client is.
 const EVERY: u32 = 256;
@@ -121,7 +124,7 @@ fn serve(connection: &Connection, follows: bool, closed: &Sender<u64>) -> Result
                 body[..4].copy_from_slice(&request[56..60]);
                 (0, 8)
             }
-            IOCTL => match copy_argument(client, u64_at(request, 56)) {
+            IOCTL => match copy_argument(client, u32_at(request, 52), u64_at(request, 56)) {
                 Ok(()) => (0, 16),
                 Err(errno) => (-errno.raw_os_error(), 0),
             },
@@ -155,18 +158,23 @@ fn serve(connection: &Connection, follows: bool, closed: &Sender<u64>) -> Result
 }
 
 /// Copies the argument in and out again, as a server must that looks at it.
-fn copy_argument(client: u32, address: u64) -> Result<(), Errno> {
+fn copy_argument(client: u32, cmd: u32, address: u64) -> Result<(), Errno> {
+    let (length, answers) = match cmd {
+        ioctl::VFIO_IOMMU_MAP_DMA => (size_of::<DmaMap>(), false),
+        ioctl::VFIO_IOMMU_UNMAP_DMA => (size_of::<DmaUnmap>(), true),
+        _ => (ARGUMENT, true),
+    };
     let pid = nix::unistd::Pid::from_raw(i32::try_from(client).map_err(|_| Errno::SRCH)?);
     let base = usize::try_from(address).map_err(|_| Errno::FAULT)?;
     let mut argument = [0; ARGUMENT];
-    let remote = [uio::RemoteIoVec {
-        base,
-        len: ARGUMENT,
-    }];
-    let mut local = [std::io::IoSliceMut::new(&mut argument)];
+    let argument = argument.get_mut(..length).ok_or(Errno::INVAL)?;
+    let remote = [uio::RemoteIoVec { base, len: length }];
+    let mut local = [std::io::IoSliceMut::new(argument)];
     uio::process_vm_readv(pid, &mut local, &remote).map_err(|_| Errno::FAULT)?;
-    let local = [std::io::IoSlice::new(&argument)];
-    uio::process_vm_writev(pid, &local, &remote).map_err(|_| Errno::FAULT)?;
+    if answers {
+        let local = [std::io::IoSlice::new(argument)];
+        uio::process_vm_writev(pid, &local, &remote).map_err(|_| Errno::FAULT)?;
+    }
     Ok(())
 }
 

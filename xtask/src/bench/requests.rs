@@ -93,8 +93,14 @@ impl Servers {
         Ok(())
     }
 
+    /// Makes a client open a container and put the group of a device of ours into it.
+    pub(super) fn contain(&self, client: &mut Peer) -> Result<()> {
+        client.ask(&format!("contain {}/dev/vfio", self.place.path()))?;
+        Ok(())
+    }
+
     /// Makes a client open the file of a null server.
-    fn open(&self, client: &mut Peer, mount: u32) -> Result<()> {
+    pub(super) fn open(&self, client: &mut Peer, mount: u32) -> Result<()> {
         client.ask(&format!("open {}/null{mount}", self.place.path()))?;
         Ok(())
     }

@@ -108,10 +108,12 @@ fn map_dma(backend: &Type1, arg: u64, caller: &dyn Caller) -> Result {
     if (map.size | map.iova | map.vaddr) & (page_size() - 1) != 0 {
         return Err(Errno::INVAL);
     }
+    // It looks into the client's address space, so no lock is held yet.
+    let memory = backend.mapper.memory(caller);
     if set_vaddr {
-        backend.map_vaddr(range, map.vaddr, || caller.memory())
+        backend.map_vaddr(range, map.vaddr, memory)
     } else {
-        backend.map(range, map.vaddr, prot, || caller.memory())
+        backend.map(range, map.vaddr, prot, memory)
     }
 }
 

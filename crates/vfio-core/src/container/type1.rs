@@ -4,7 +4,8 @@
 use super::dirty::Dirty;
 use crate::device::{GroupType, WeakDevice};
 use crate::dma::{
-    Area, Held, Prot, Quota, Space, Ticket, check_reach, hold, length, page_sizes, without,
+    Area, Held, LastMapper, Prot, Quota, Space, Ticket, check_reach, hold, length, page_sizes,
+    without,
 };
 use crate::model::{IommuGroup, ReservedKind};
 use crate::{Errno, Result};
@@ -41,6 +42,7 @@ pub(super) struct Member {
 pub(super) struct Type1 {
     version: Version,
     files: Arc<FileRegistry>,
+    pub(super) mapper: LastMapper,
     quota: Arc<Quota>,
     pub(super) dirty: Dirty,
     inner: RwLock<Inner>,
@@ -98,6 +100,7 @@ impl Type1 {
         Type1 {
             version,
             files: Arc::default(),
+            mapper: LastMapper::default(),
             quota: Quota::new(usize::try_from(entry_limit).unwrap_or(usize::MAX)),
             dirty: Dirty::default(),
             inner: RwLock::new(Inner {
@@ -213,17 +216,15 @@ impl Type1 {
 
     /// Maps memory of the client. In this order: `EEXIST` overlap, `ENOSPC` no entry left,
     /// `EINVAL` not inside one allowed range, and with hardware in the container `EFAULT` if the
-    /// memory is not there; then nothing is mapped. `vfio_dma_do_map`.
+    /// memory is not there; then nothing is mapped. An error instead of `memory` is told where the
+    /// kernel would pin. `vfio_dma_do_map`.
     pub(super) fn map(
         &self,
         range: Range,
         vaddr: u64,
         prot: Prot,
-        memory: impl FnOnce() -> Result<Arc<Memory>>,
+        memory: Result<Arc<Memory>>,
     ) -> Result {
-        // Asked for before the lock: it looks into the client's address space. An error is told
-        // only where the kernel would pin, after what it would find first.
-        let memory = memory();
         let mut inner = self.write();
         if inner.areas.overlaps(range) {
             return Err(Errno::EXIST);
@@ -252,9 +253,8 @@ impl Type1 {
         &self,
         range: Range,
         vaddr: u64,
-        memory: impl FnOnce() -> Result<Arc<Memory>>,
+        memory: Result<Arc<Memory>>,
     ) -> Result {
-        let memory = memory();
         let mut inner = self.write();
         let (found, old) = inner.areas.range(range).next().ok_or(Errno::NOENT)?;
         if *found != range || !inner.invalid.contains(&range.start()) {

@@ -14,8 +14,12 @@ pub(crate) use area::{Area, Held, Prot, Quota, Ticket, hold};
 pub(crate) use port::{Port, Route, Space};
 pub(crate) use reach::{address, check as check_reach};
 
+use crate::Result;
+use crate::caller::Caller;
 use crate::device::WeakDevice;
+use client_process::Memory;
 use dma_memory::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// How long an unmap waits for one access that is in progress in an area, and a detach for those
@@ -41,6 +45,27 @@ pub(crate) fn page_sizes(hardware: bool) -> u64 {
 /// No mapping covers all 2^64 addresses, so the length fits.
 pub(crate) fn length(range: Range) -> u64 {
     range.len().unwrap_or(u64::MAX)
+}
+
+/// The address space that was mapped from last. Telling a caller's anew takes long, so it is kept
+/// for the next mapping even if nothing is mapped any more.
+#[derive(Debug, Default)]
+pub(crate) struct LastMapper(Mutex<Option<Arc<Memory>>>);
+
+impl LastMapper {
+    /// A lasting hold on the caller's address space.
+    pub(crate) fn memory(&self, caller: &dyn Caller) -> Result<Arc<Memory>> {
+        let memory = caller.memory()?;
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = match &*last {
+            Some(last) if Arc::ptr_eq(last, &memory) => None,
+            _ => last.replace(Arc::clone(&memory)),
+        };
+        drop(last);
+        // Its descriptors may be closed here, with no lock held.
+        drop(before);
+        Ok(memory)
+    }
 }
 
 /// Tells the drivers that memory is going. No lock is held.

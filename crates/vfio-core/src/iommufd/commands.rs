@@ -118,7 +118,7 @@ impl Iommufd {
         let ioas = self.ioas(cmd.ioas_id)?;
         check_span(cmd.user_va, cmd.length)?;
         let files = Arc::clone(self.files());
-        let memory = ProcessMemory::new(caller.memory()?, cmd.user_va, files);
+        let memory = ProcessMemory::new(self.mapper.memory(caller)?, cmd.user_va, files);
         let part = Part {
             source: Source::Process(memory),
             len: cmd.length,

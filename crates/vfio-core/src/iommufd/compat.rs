@@ -122,7 +122,11 @@ impl Iommufd {
         };
         let files = Arc::clone(self.files());
         let part = Part {
-            source: Source::Process(ProcessMemory::new(caller.memory()?, map.vaddr, files)),
+            source: Source::Process(ProcessMemory::new(
+                self.mapper.memory(caller)?,
+                map.vaddr,
+                files,
+            )),
             len: map.size,
             writable: prot.write,
         };

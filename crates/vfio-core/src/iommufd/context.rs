@@ -3,7 +3,7 @@
 use super::ioas::Ioas;
 use super::table::{Bound, Kind, Leftovers, Object, Table};
 use crate::device::{Binding, Device, DmaSpace, GroupType, WeakDevice};
-use crate::dma::{Port, Quota, tell};
+use crate::dma::{LastMapper, Port, Quota, tell};
 use crate::{Errno, Result};
 use dma_memory::FileRegistry;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -28,6 +28,7 @@ pub struct Iommufd {
     table: Mutex<Table>,
     quota: Arc<Quota>,
     files: Arc<FileRegistry>,
+    pub(super) mapper: LastMapper,
 }
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
@@ -44,6 +45,7 @@ impl Iommufd {
             table: Mutex::new(Table::new()),
             quota: Quota::new(areas),
             files: Arc::default(),
+            mapper: LastMapper::default(),
         })
     }
 
