@@ -3,6 +3,7 @@
 mod dma;
 mod groups;
 mod map;
+mod model;
 mod unmap;
 
 use super::{Attached, Container};
