@@ -7,6 +7,7 @@ pub mod guest;
 pub mod guest_hardware;
 pub mod huge_pages;
 mod initramfs;
+pub mod inside;
 pub mod packages;
 pub mod skip;
 

@@ -24,16 +24,14 @@ use vfio_ioctls::VfioDevice;
 use vfio_ioctls::VfioIommufd;
 use vfio_ioctls::VfioOps;
 use vfiod_tests::daemon;
-use vfiod_tests::daemon::Daemon;
+use vfiod_tests::inside::Container;
+use vfiod_tests::inside::UUID;
+use vfiod_tests::inside::inside;
 use vfiod_tests::skip;
 use vfiod_tests::skip::NO_PASSTHROUGH;
 use vfiod_tests::skip::kernel_has_passthrough;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 use vmm_sys_util::eventfd::EventFd;
-
-const UUID: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
-/// Set for the run in which the devices are in `/dev` and `/sys`.
-const INSIDE: &str = "VFIOD_TEST_INSIDE";
 
 /// How long an interrupt may take.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -43,37 +41,6 @@ const CONFIG: u32 = vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 const INTX: u32 = vfio::VFIO_PCI_INTX_IRQ_INDEX;
 const MSI: u32 = vfio::VFIO_PCI_MSI_IRQ_INDEX;
 const READ_WRITE: u32 = vfio::VFIO_REGION_INFO_FLAG_READ | vfio::VFIO_REGION_INFO_FLAG_WRITE;
-
-/// True inside. Outside, runs this test there beside a new device, with its own daemon.
-fn inside(test: &str, mdev_type: &str) -> bool {
-    if std::env::var_os(INSIDE).is_some() {
-        return true;
-    }
-    if let Err(reason) = daemon::possible() {
-        skip(&reason);
-        return false;
-    }
-    let daemon = Daemon::start("").expect("vfiod serves");
-    daemon
-        .check(&["start", mdev_type, "--uuid", UUID])
-        .expect("the device is made");
-    let mut again = daemon.vfioctl();
-    again
-        .args(["run", "--"])
-        .arg(std::env::current_exe().expect("this program has a path"))
-        .args([test, "--exact", "--nocapture"])
-        .env(INSIDE, "1");
-    let output = daemon::output(&mut again).expect("it ends");
-    assert!(
-        output.code == 0 && output.out.contains("1 passed"),
-        "{}{}\nvfiod said:\n{}",
-        output.out,
-        output.err,
-        daemon.log()
-    );
-    daemon.stop().expect("the daemon ends well");
-    false
-}
 
 fn address_space() -> Arc<VfioIommufd> {
     let iommufd = Arc::new(IommuFd::new().expect("/dev/iommu opens"));
@@ -214,7 +181,7 @@ fn assert_device(space: &Arc<VfioIommufd>, device: &VfioDevice, id: u32) {
 
 #[test]
 fn a_serial_card() {
-    if !inside("a_serial_card", "mtty-2") {
+    if !inside("a_serial_card", "mtty-2", Container::Native) {
         return;
     }
     let space = address_space();
@@ -291,7 +258,7 @@ fn a_serial_card() {
 
 #[test]
 fn a_display() {
-    if !inside("a_display", "mdpy-xga") {
+    if !inside("a_display", "mdpy-xga", Container::Native) {
         if !kernel_has_passthrough() {
             skip(NO_PASSTHROUGH);
         }
