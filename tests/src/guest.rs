@@ -380,6 +380,19 @@ impl Builder {
         Ok(guest)
     }
 
+    /// Writes `vmlinuz` and `initrd.img` into a directory, for a QEMU that somebody else starts: the
+    /// guest's shell is on its first serial port, and says `vfiod-guest-ready` before it reads.
+    ///
+    /// # Errors
+    /// The prefix is incomplete, or a file cannot be written.
+    pub fn write_to(&self, dir: &Path) -> Result<(), String> {
+        let files = self.prefix.kernel(self.kernel)?;
+        let told = |path: &Path, error: std::io::Error| format!("{}: {error}", path.display());
+        fs::copy(&files.image, dir.join("vmlinuz")).map_err(|error| told(&files.image, error))?;
+        let archive = dir.join("initrd.img");
+        fs::write(&archive, self.archive(&files.modules)?).map_err(|error| told(&archive, error))
+    }
+
     fn spawn(&self, runner: &[&str], image: &Path, dir: &Path) -> Result<Child, String> {
         // Should the test die, QEMU dies: setpriv asks the kernel for that.
         let mut command = Command::new("setpriv");
