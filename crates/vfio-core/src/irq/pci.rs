@@ -241,8 +241,12 @@ impl PciIrqs {
                 let mut state = lock(&self.state);
                 match fd {
                     None => after.drop.extend(state.intx.unmask.take()),
-                    Some(_) if state.intx.unmask.is_some() => return Err(Errno::BUSY),
-                    Some(fd) => state.intx.unmask = Some(Unmask::start(fd, &self.state)?),
+                    // The kernel's is gone when its last user closes it, ours is not: QEMU with KVM
+                    // closes one and brings the next.
+                    Some(fd) => {
+                        let unmask = Unmask::start(fd, &self.state)?;
+                        after.drop.extend(state.intx.unmask.replace(unmask));
+                    }
                 }
             }
         }
