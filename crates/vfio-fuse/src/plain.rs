@@ -95,7 +95,11 @@ impl Plain {
         }
     }
 
-    fn open(&self, tid: u32, reply: ReplyOpen) {
+    fn open(&self, tid: u32, flags: u32, reply: ReplyOpen) {
+        if flags & rustix::fs::OFlags::DIRECT.bits() != 0 {
+            let _ = reply.error(Errno::INVAL);
+            return;
+        }
         let file = match &self.which {
             Which::Iommu => FileObject::Iommufd(Iommufd::new()),
             Which::Container => FileObject::Container(Container::new()),
@@ -171,8 +175,8 @@ impl Plain {
                 self.ioctl(fh, cmd, arg, tid, reply);
                 return;
             }
-            Operation::Open { reply, .. } => {
-                self.open(tid, reply);
+            Operation::Open { flags, reply } => {
+                self.open(tid, flags, reply);
                 return;
             }
             Operation::Release { fh, reply, .. } => {

@@ -4,6 +4,7 @@ use crate::calls::Server;
 use crate::config::{self, Config, Driver, Port, Seconds, Unregister, UnregisterWord};
 use crate::control::Control;
 use crate::devices::Requests;
+use crate::numbers::Numbers;
 use crate::vfio_user::Sockets;
 use crate::{Serve, log, uevent};
 use anyhow::Context as _;
@@ -205,7 +206,11 @@ fn remove(root: &Path) {
 
 fn core_config(config: &Config) -> vfio_core::Config {
     let default = vfio_core::Config::default();
+    let numbers = Numbers::free();
     vfio_core::Config {
+        cdev_major: numbers.cdev_major,
+        group_major: numbers.group_major,
+        iommu_minor: numbers.iommu_minor,
         cdev: config.cdev.unwrap_or(default.cdev),
         request_interval: config
             .request_interval

@@ -7,6 +7,7 @@ mod daemon;
 mod demo;
 mod devices;
 mod log;
+mod numbers;
 mod uevent;
 mod vfio_user;
 

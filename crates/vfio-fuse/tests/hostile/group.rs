@@ -111,6 +111,10 @@ fn nodes_say_what_they_are() {
         let group = c.open(&host.group(1)).unwrap();
         let device = c.open(&host.node(1)).unwrap();
         let iommu = c.open(&host.iommu()).unwrap();
+        for path in [host.container(), host.group(0), host.iommu()] {
+            let direct = c.open_with(&path, libc::O_RDWR | libc::O_DIRECT);
+            assert_eq!(direct, Err(libc::EINVAL), "{path:?}");
+        }
         assert_eq!(what(&c, container), [1, 10, 196, 0o666, 0]);
         assert_eq!(what(&c, group), [2, 510, 1, 0o600, 1]);
         assert_eq!(what(&c, device), [3, 511, 1, 0o600, 1]);
