@@ -68,6 +68,21 @@ impl DeviceFile {
         feature(&grant, arg, caller, true)
     }
 
+    /// An errno has no room for it: a person finds in the log who has the device.
+    fn say_who_has_it(&self, device: &Device, errno: Errno) {
+        let others = device.files();
+        let mut have = others.iter().filter(|file| file.is_bound());
+        if let (Errno::INVAL, Some(other)) = (errno, have.next()) {
+            let describe = |who: &super::Opener| format!("{} (pid {})", who.comm, who.pid);
+            tracing::info!(
+                "vfio-dev {}: BIND by {} refused: {} has it open",
+                device.name(),
+                describe(self.opener()),
+                describe(other.opener())
+            );
+        }
+    }
+
     /// `VFIO_DEVICE_BIND_IOMMUFD`, checks in the order of `vfio_df_ioctl_bind_iommufd`.
     fn bind(&self, arg: u64, caller: &dyn Caller) -> Result {
         const MIN: usize = 16;
@@ -97,7 +112,8 @@ impl DeviceFile {
             let binding: Box<dyn Binding> = context.bind(&device)?;
             let lease = lease.take().ok_or(Errno::BUSY)?;
             Ok(Some(Leased::boxed(binding, lease)))
-        })?;
+        })
+        .inspect_err(|errno| self.say_who_has_it(&device, *errno))?;
         bind.out_devid = session.binding().map_or(0, Binding::devid);
         let at = arg + offset_of!(BindIommufd, out_devid) as u64;
         debug_assert!(size as usize >= MIN, "the dialect checked it");

@@ -21,7 +21,8 @@ use vfio_user::{OfferOptions, Options, Server};
 
 /// What `vfio-user` takes.
 #[derive(Clone, Debug, clap::Args)]
-#[group(id = "where", required = true, args = ["socket_path", "fd"])]
+#[group(skip)]
+#[command(group(clap::ArgGroup::new("where").required(true).args(["socket_path", "fd"])))]
 pub(crate) struct Program {
     /// The type of the device, as `vfioctl types` prints it: mtty-1, mtty-2, mdpy-vga, ….
     #[arg(value_name = "TYPE")]
