@@ -660,7 +660,7 @@ static void attaching(int iommufd, int device, __u32 id)
 }
 
 /* The questions every device answers, asked well and badly. */
-static void questions(int device)
+static void questions(int device, int migrates)
 {
 	struct vfio_device_info info = { .argsz = 16 };
 	struct vfio_region_info first = { .argsz = sizeof(first), .index = 7 }, bad;
@@ -702,7 +702,19 @@ static void questions(int device)
 	FAILS(ENOTTY, ioctl(device, VFIO_DEVICE_IOEVENTFD, &byte));
 	for (n = 0; n < 12; n++) {
 		probe.flags = VFIO_DEVICE_FEATURE_GET | VFIO_DEVICE_FEATURE_PROBE | n;
-		FAILS(ENOTTY, ioctl(device, VFIO_DEVICE_FEATURE, &probe));
+		if (n == VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT) {
+			MUST(ioctl(device, VFIO_DEVICE_FEATURE, &probe));
+		} else if (n == VFIO_DEVICE_FEATURE_DMA_LOGGING_START || n == VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP) {
+			FAILS(EINVAL, ioctl(device, VFIO_DEVICE_FEATURE, &probe));
+			probe.flags = VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_PROBE | n;
+			MUST(ioctl(device, VFIO_DEVICE_FEATURE, &probe));
+		} else if (migrates && (n == VFIO_DEVICE_FEATURE_MIGRATION ||
+					n == VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE ||
+					n == VFIO_DEVICE_FEATURE_MIG_DATA_SIZE)) {
+			MUST(ioctl(device, VFIO_DEVICE_FEATURE, &probe));
+		} else {
+			FAILS(ENOTTY, ioctl(device, VFIO_DEVICE_FEATURE, &probe));
+		}
 	}
 	FAILS(EFAULT, ioctl(device, VFIO_DEVICE_FEATURE, NULL));
 	probe.argsz = 7;
@@ -1157,7 +1169,8 @@ int main(int argc, char **argv)
 	MUST(device = open(argv[3], O_RDWR | O_CLOEXEC));
 	MUST(bind_to(device, iommufd, &id));
 	CHECK(id != 0);
-	questions(device);
+	/* A migrating device's state comes by descriptors, for which it takes a supervisor. */
+	questions(device, is_mtty && getenv("VFIOCTL_RUN"));
 	if (is_mtty)
 		mtty(iommufd, device, id);
 	else

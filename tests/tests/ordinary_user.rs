@@ -118,25 +118,38 @@ impl Drop for Killed {
 const SAID: &str = "vfioctl: a vfiod of your own, without privilege: no region can be mapped \
                     (accesses trap), and anonymous shared memory is copied\n";
 
-/// The C program of `c_client.rs`, static, in a whole session with a device.
+/// Compiles a client from `assets`, static, as `client` among the user's programs. False, and a skip, if
+/// there is nothing to compile it against.
+fn compile(home: &Home, source: &str) -> bool {
+    let prefix = match Prefix::find() {
+        Ok(prefix) => prefix,
+        Err(reason) => {
+            skip(&reason);
+            return false;
+        }
+    };
+    let source = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("assets")
+        .join(source);
+    let mut cc = Command::new("cc");
+    cc.args(["-Wall", "-Werror", "-O2", "-static", "-pthread"]);
+    for dir in prefix.include_dirs() {
+        cc.arg("-isystem").arg(dir);
+    }
+    daemon::output(cc.arg("-o").arg(home.0.join("client")).arg(source))
+        .and_then(|output| output.success("cc"))
+        .expect("the client compiles without a warning");
+    true
+}
+
+/// The C program of `c_client.rs` in a whole session with a device.
 fn client(mdev_type: &str, kind: &str) {
     let Some(home) = Home::new(kind) else {
         return;
     };
-    let prefix = match Prefix::find() {
-        Ok(prefix) => prefix,
-        Err(reason) => return skip(&reason),
-    };
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/cdev_client.c");
-    let client = home.0.join("client");
-    let mut cc = Command::new("cc");
-    cc.args(["-Wall", "-Werror", "-O2", "-static"]);
-    for dir in prefix.include_dirs() {
-        cc.arg("-isystem").arg(dir);
+    if !compile(&home, "cdev_client.c") {
+        return;
     }
-    daemon::output(cc.arg("-o").arg(&client).arg(source))
-        .and_then(|output| output.success("cc"))
-        .expect("the client compiles without a warning");
     let config = home.put("vfiod.toml", "request-interval = 0.05\n");
     // Once the client says so, its device is removed under it, from inside.
     let script = format!(
@@ -160,6 +173,41 @@ fn a_client_of_a_serial_card() {
 #[test]
 fn a_client_of_a_display_without_native_mmap() {
     client("mdpy-vga", "mdpy");
+}
+
+/// The C program of `group_clients.rs`.
+#[test]
+fn clients_in_all_five_modes() {
+    const OTHER: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002";
+    let Some(home) = Home::new("groups") else {
+        return;
+    };
+    if !compile(&home, "group_client.c") {
+        return;
+    }
+    let starts = [UUID, OTHER].map(|uuid| format!("mtty-2={uuid}"));
+    let options = ["--start", &starts[0], "--start", &starts[1]];
+    for (mode, how) in [
+        ("type1", "plain"),
+        ("type1v2", "plain"),
+        ("type1v2", "storm"),
+        ("type1v2", "wrong"),
+        ("compat", "plain"),
+        ("compatv2", "threads"),
+        ("native", "plain"),
+        ("native", "storm"),
+    ] {
+        let output = home.output(&options, &format!("exec client {mode} {how} $VFIOD_UUIDS"));
+        let tail: Vec<&str> = output.out.lines().rev().take(12).collect();
+        assert_eq!(output.err, SAID, "{mode} {how}, newest first: {tail:#?}");
+        assert_eq!(output.code, 0, "{mode} {how}: {tail:#?}");
+        assert_eq!(
+            tail.first(),
+            Some(&"all is as it should be"),
+            "{mode} {how}"
+        );
+    }
+    home.nothing_is_left();
 }
 
 #[test]

@@ -144,7 +144,7 @@ impl Drop for Shared {
 }
 
 /// What is the same for both: who has it, and its memory for DMA.
-fn assert_device(space: &Arc<VfioIommufd>, device: &VfioDevice, id: u32) {
+fn assert_device(space: &Arc<VfioIommufd>, device: &VfioDevice, id: u32, migration: Option<u64>) {
     assert_eq!(read(device, CONFIG, 0, 4), id);
     assert_eq!(device.get_region_size(CONFIG), 256);
     assert_eq!(device.get_region_flags(CONFIG), READ_WRITE);
@@ -153,8 +153,9 @@ fn assert_device(space: &Arc<VfioIommufd>, device: &VfioDevice, id: u32) {
         assert_eq!(device.get_region_flags(index), 0, "region {index}");
     }
     assert!(device.get_region_caps(BAR0).is_empty());
-    let migration = device.query_migration_support();
-    assert_eq!(migration.expect("the question is answered"), None);
+    let said = device.query_migration_support();
+    let said = said.expect("the question is answered");
+    assert_eq!(said, migration);
     assert!(device.iommufd_dev_id().is_some_and(|id| id != 0));
 
     assert!(open(space).is_err(), "one file has it");
@@ -186,7 +187,9 @@ fn a_serial_card() {
     }
     let space = address_space();
     let card = open(&space).expect("the card opens");
-    assert_device(&space, &card, 0x3253_4348);
+    let migration =
+        vfio::VFIO_MIGRATION_STOP_COPY | vfio::VFIO_MIGRATION_P2P | vfio::VFIO_MIGRATION_PRE_COPY;
+    assert_device(&space, &card, 0x3253_4348, Some(u64::from(migration)));
     for port in [0, 1] {
         assert_eq!(card.get_region_size(port), 8);
         assert_eq!(card.get_region_flags(port), READ_WRITE);
@@ -266,7 +269,7 @@ fn a_display() {
     }
     let space = address_space();
     let display = open(&space).expect("the display opens");
-    assert_device(&space, &display, 0x000f_1b36);
+    assert_device(&space, &display, 0x000f_1b36, None);
     let size = display.get_region_size(BAR0);
     assert_eq!(size, 4 << 20);
     let irqs = (0..5).map(|index| display.get_irq_info(index).map(|irq| irq.count));
