@@ -4,6 +4,7 @@ use std::io::BufRead as _;
 use std::io::BufReader;
 use std::io::Write as _;
 use std::os::unix::process::CommandExt as _;
+use std::path::Path;
 use std::process::Child;
 use std::process::Command;
 use std::process::Stdio;
@@ -46,20 +47,31 @@ impl Drop for Group {
 fn qemu_in_three_lines() {
     let lines = block("\n### QEMU\n");
     assert_eq!(lines.lines().count(), 3, "{lines}");
-    let prefix = match daemon::possible().and_then(|()| Prefix::find()) {
-        Ok(prefix) => prefix,
-        Err(reason) => return skip(&reason),
-    };
+    match daemon::possible().and_then(|()| Prefix::find()) {
+        Ok(prefix) => typed(lines, &prefix, &prefix.qemu()),
+        Err(reason) => skip(&reason),
+    }
+}
+
+#[test]
+fn qemu_over_vfio_user() {
+    let lines = block("\n### A device for QEMU over vfio-user\n");
+    let found = daemon::possible().and_then(|()| Prefix::find());
+    match found.and_then(|prefix| Ok((prefix.qemu11()?, prefix))) {
+        Ok((qemu, prefix)) => typed(lines, &prefix, &qemu),
+        Err(reason) => skip(&reason),
+    }
+}
+
+/// Types `lines` with this QEMU; the guest uses the card that they give it.
+fn typed(lines: &str, prefix: &Prefix, qemu: &Path) {
     let daemon = Daemon::start("").expect("vfiod serves");
-    let guest = Guest::builder(&prefix).modules(&["8250_pci"]);
+    let guest = Guest::builder(prefix).modules(&["8250_pci"]);
     guest
         .write_to(daemon.root())
         .expect("a kernel and a system");
-    let bin = |program: &std::path::Path| program.parent().expect("a directory").to_owned();
-    let dirs = [
-        bin(&program("vfioctl").expect("it is built")),
-        bin(&prefix.qemu()),
-    ];
+    let bin = |program: &Path| program.parent().expect("a directory").to_owned();
+    let dirs = [bin(&program("vfioctl").expect("it is built")), bin(qemu)];
     let path = std::env::var_os("PATH").unwrap_or_default();
     let path = std::env::join_paths(dirs.into_iter().chain(std::env::split_paths(&path)));
     // What is started with -nographic reads its monitor's escapes, and ends with its guest.
