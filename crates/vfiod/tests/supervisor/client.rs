@@ -296,6 +296,16 @@ fn stat() {
         answers.iter().all(|rdev| *rdev == answers[0]),
         "{answers:?}"
     );
+    // Flags and masks that the kernel refuses.
+    // SAFETY: all zero is a value of it.
+    let mut buf: libc::statx = unsafe { std::mem::zeroed() };
+    let mut statx = |flags: u64, mask: u64| {
+        let at = &raw mut buf as u64;
+        call(libc::SYS_statx, [cwd, path, flags, mask, at])
+    };
+    assert_eq!(statx(1 << 20, 0), Err(Errno::INVAL));
+    assert_eq!(statx(0, 1 << 31), Err(Errno::INVAL));
+    assert_eq!(statx(0x6000, 0), Err(Errno::INVAL));
     // Memory that cannot be written.
     assert_eq!(call(libc::SYS_fstat, [fd, 8, 0, 0, 0]), Err(Errno::FAULT));
     let read_only = node.as_ptr() as u64;

@@ -502,3 +502,29 @@ fn an_ordinary_user_is_supervised() {
         nobody_has_it(&daemon);
     }
 }
+
+/// As under a container's runtime that supervises system calls itself.
+#[test]
+fn another_listener_is_a_reason_to_refuse() {
+    let daemon = Daemon::start();
+    daemon.card();
+    let stat = ["--", "stat", "-c", "%F", "/dev/vfio/devices/vfio0"];
+    let mut refused = daemon.command(&["run"]);
+    let mut without = daemon.command(&["run", "--no-supervisor"]);
+    refused.args(stat);
+    without.args(stat);
+    // The filter is that thread's and that of what it starts.
+    let supervised = std::thread::spawn(move || {
+        rustix::thread::set_no_new_privs(true).unwrap();
+        let _listener = seccomp_notify::Filter::new().install().unwrap();
+        [refused, without].map(|mut command| command.output().unwrap())
+    });
+    let [refused, without] = supervised.join().unwrap();
+    assert_eq!(refused.status.code(), Some(125));
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(said.contains("a container's runtime perhaps"), "{said}");
+    assert!(said.contains("--no-supervisor"), "{said}");
+    assert!(refused.stdout.is_empty());
+    let printed = String::from_utf8(without.stdout).unwrap();
+    assert_eq!(printed, "regular empty file\n");
+}

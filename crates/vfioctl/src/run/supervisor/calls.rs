@@ -126,6 +126,15 @@ impl Supervisor {
             Some(path) => string(caller, path)?,
             None => Vec::new(),
         };
+        // Flags that the kernel refuses it shall refuse itself (`fs/stat.c`, `do_statx`).
+        const FLAGS: i32 = libc::AT_SYMLINK_NOFOLLOW
+            | libc::AT_NO_AUTOMOUNT
+            | libc::AT_EMPTY_PATH
+            | libc::AT_STATX_FORCE_SYNC
+            | libc::AT_STATX_DONT_SYNC;
+        if stat.flags & !FLAGS != 0 {
+            return Err(Errno::INVAL);
+        }
         let empty = path.is_empty();
         if empty && stat.path.is_some() && stat.flags & libc::AT_EMPTY_PATH == 0 {
             return Err(Errno::NOENT);
