@@ -5,6 +5,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 
+use client_process::FileId;
 use rustix::fd::AsFd;
 use rustix::fd::AsRawFd;
 use rustix::fd::BorrowedFd;
@@ -18,6 +19,7 @@ use rustix::io::Errno;
 use crate::Result;
 use crate::fault::Fault;
 use crate::fault::Scalar;
+use crate::peer::PeerFile;
 use crate::region::Region;
 use crate::sys;
 
@@ -30,6 +32,8 @@ pub struct DeviceMemory {
     file: OwnedFd,
     region: Region,
     is_revoked: AtomicBool,
+    /// What mappings of it show as their file.
+    names: Mutex<Vec<PeerFile>>,
     /// Held while asking for other openers.
     probing: Mutex<()>,
 }
@@ -80,11 +84,21 @@ impl DeviceMemory {
         let file = rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
         let region = Region::map(&file, len, true)?;
         Ok(Self {
-            file,
             region,
             is_revoked: AtomicBool::new(false),
+            names: Mutex::new(vec![PeerFile::new(FileId::of(&file)?)]),
             probing: Mutex::new(()),
+            file,
         })
+    }
+
+    /// Mappings of this file show it, too: a node that is backed by it
+    /// (`/proc/PID/maps` tells either, depending on the kernel).
+    pub fn known_as(&self, file: FileId) {
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        if names.iter().all(|name| name.id() != file) {
+            names.push(PeerFile::new(file));
+        }
     }
 
     /// Bytes, whole pages. The same after [`DeviceMemory::revoke`].

@@ -32,6 +32,8 @@ const MAX_MAPPED: u64 = 1 << 40;
 #[derive(Debug, Default)]
 pub struct FileRegistry {
     files: Mutex<HashMap<(FileId, bool), Weak<SharedFile>>>,
+    /// Memory of our own devices is out of reach.
+    without_devices: bool,
 }
 
 /// A file of memory (memfd, tmpfs, hugetlb) that is used in place.
@@ -57,6 +59,20 @@ impl FileRegistry {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The same for a domain that does not reach memory of our own devices, wherever the client has
+    /// mapped it: iommufd refuses it ([`Errno::FAULT`]), a container takes it.
+    #[must_use]
+    pub fn without_devices() -> Self {
+        Self {
+            without_devices: true,
+            ..Self::default()
+        }
+    }
+
+    pub(crate) fn is_without_devices(&self) -> bool {
+        self.without_devices
     }
 
     /// The file behind this descriptor. The descriptor is kept only if the file is new here.

@@ -13,6 +13,7 @@ pub mod fault;
 mod device;
 mod file;
 mod iova;
+mod peer;
 mod region;
 mod source;
 mod sys;

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use crate::Result;
 use crate::file::FileRegistry;
 use crate::file::SharedFile;
+use crate::peer::is_peer;
 
 /// What an IOVA area points at. Offsets count from the start of the area.
 ///
@@ -133,7 +134,7 @@ impl ProcessMemory {
             }
             let (part, after) = std::mem::take(&mut rest).split_at_mut(len);
             rest = after;
-            match self.in_place(mapping, at) {
+            match self.in_place(mapping, at)? {
                 Some((file, from)) => Ok(file.read(from, part)?),
                 None => self.memory.read(at, part),
             }
@@ -156,7 +157,7 @@ impl ProcessMemory {
             }
             let (part, after) = rest.split_at(len);
             rest = after;
-            match self.in_place(mapping, at) {
+            match self.in_place(mapping, at)? {
                 Some((file, to)) => Ok(file.write(to, part)?),
                 None => self.memory.write_checked(at, part),
             }
@@ -185,11 +186,37 @@ impl ProcessMemory {
         Ok(())
     }
 
+    /// Whether this domain reaches what the client has mapped there: see
+    /// [`FileRegistry::without_devices`].
+    #[must_use]
+    pub fn reaches(&self, mapping: &Mapping) -> bool {
+        !(self.files.is_without_devices() && mapping.shared && is_peer(mapping.file))
+    }
+
     /// The file to use in place for an address, and the position in it; `None` if it must be copied.
-    fn in_place(&self, mapping: &Mapping, at: u64) -> Option<(Arc<SharedFile>, u64)> {
+    /// [`Errno::FAULT`]: out of reach.
+    fn in_place(&self, mapping: &Mapping, at: u64) -> Result<Option<(Arc<SharedFile>, u64)>> {
         if !mapping.shared {
-            return None;
+            return Ok(None);
         }
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(file) = last.as_ref().filter(|file| usable(file, mapping)) {
+            let file = Arc::clone(file);
+            return Ok(mapping.file_offset(at).map(|from| (file, from)));
+        }
+        drop(last);
+        // A device's memory is copied. Whoever holds its file open keeps the device from being
+        // closed, and the device's end is what ends this mapping.
+        if is_peer(mapping.file) {
+            return match self.reaches(mapping) {
+                true => Ok(None),
+                false => Err(Errno::FAULT),
+            };
+        }
+        Ok(self.open_in_place(mapping, at))
+    }
+
+    fn open_in_place(&self, mapping: &Mapping, at: u64) -> Option<(Arc<SharedFile>, u64)> {
         let from = mapping.file_offset(at)?;
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(file) = last.as_ref().filter(|file| usable(file, mapping)) {

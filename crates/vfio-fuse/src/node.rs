@@ -169,6 +169,10 @@ impl Node {
                 return None;
             }
             let memory = device.memory().ok()??;
+            if let Some(id) = through.id.get() {
+                // What DMA to a mapping of the node finds.
+                memory.known_as(*id);
+            }
             match connection.backing_open(memory.backing_fd()) {
                 Ok(id) => Some(id),
                 Err(errno) => {

@@ -31,7 +31,11 @@ pub(crate) fn check(source: &Source, writable: bool, range: Range) -> Result {
             let end = at.checked_add(len).ok_or(Errno::FAULT)?;
             while at < end {
                 let mapping = memory.memory().query(at).map_err(|_| Errno::FAULT)?;
-                if !mapping.readable || (writable && !mapping.writable) || mapping.end <= at {
+                if !memory.reaches(&mapping)
+                    || !mapping.readable
+                    || (writable && !mapping.writable)
+                    || mapping.end <= at
+                {
                     return Err(Errno::FAULT);
                 }
                 at = mapping.end;

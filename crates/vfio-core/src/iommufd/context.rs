@@ -44,7 +44,7 @@ impl Iommufd {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             table: Mutex::new(Table::new()),
             quota: Quota::new(areas),
-            files: Arc::default(),
+            files: Arc::new(FileRegistry::without_devices()),
             mapper: LastMapper::default(),
         })
     }

@@ -1,6 +1,7 @@
-//! A device whose client gave it memory behind a userfaultfd that nobody serves. The kernel does
-//! not wait for it on behalf of `/proc/PID/mem` (`fs/userfaultfd.c`, `handle_userfault`, without
-//! `FAULT_FLAG_ALLOW_RETRY`), so the access ends in `EFAULT`.
+//! Devices whose client gave them memory that is none: behind a userfaultfd that nobody serves, or
+//! another device's. The kernel does not wait for the first on behalf of `/proc/PID/mem`
+//! (`fs/userfaultfd.c`, `handle_userfault`, without `FAULT_FLAG_ALLOW_RETRY`), so the access ends in
+//! `EFAULT`.
 
 #![expect(
     unsafe_code,
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::{Duration, SystemTime};
 use vfio_core::caller::{Caller, Capability, FileObject};
+use vfio_core::container::Container;
 use vfio_core::device::{
     DeviceFile, DeviceInfo, DeviceOps, Dma, InitCx, IrqInfo, OpenCx, Opener, RegionInfo, RegionPos,
 };
@@ -23,6 +25,7 @@ use vfio_core::irq::SetIrqs;
 use vfio_core::model::{BusDevice, VfioDriver, faux};
 use vfio_core::{Config, Core, Errno, Result};
 use vfio_uapi::UserMemory;
+use vfio_uapi::container::{DmaMap, DmaUnmap, MapFlags as DmaFlags};
 use vfio_uapi::device::{AttachIommufdPt, BindIommufd, InfoFlags, IrqFlags, RegionFlags};
 use vfio_uapi::ioctl as cmd;
 use vfio_uapi::iommufd::{IoasAlloc, IoasMap, IoasUnmap, MapFlags as IovaFlags};
@@ -89,8 +92,8 @@ impl VfioDriver for Driver {
     }
 }
 
-/// This thread, as a client with one context.
-struct Us(Arc<Iommufd>);
+/// This thread, as a client with one context and one container. Descriptor 1 is the container.
+struct Us(Arc<Iommufd>, Arc<Container>);
 
 impl Us {
     fn thread(&self) -> Thread {
@@ -120,8 +123,11 @@ impl Caller for Us {
     fn get_fd(&self, fd: i32) -> Result<OwnedFd> {
         self.thread().get_fd(fd)
     }
-    fn file(&self, _fd: i32) -> Result<FileObject> {
-        Ok(FileObject::Iommufd(Arc::clone(&self.0)))
+    fn file(&self, fd: i32) -> Result<FileObject> {
+        Ok(match fd {
+            1 => FileObject::Container(Arc::clone(&self.1)),
+            _ => FileObject::Iommufd(Arc::clone(&self.0)),
+        })
     }
     fn memory(&self) -> Result<Arc<Memory>> {
         Memory::of(self.thread())
@@ -177,13 +183,7 @@ fn attach(file: &DeviceFile, us: &Us, pt_id: u32) -> Result<u32> {
 fn open(core: &Core, name: &str, us: &Us, ioas: u32) -> (faux::Device, Arc<DeviceFile>) {
     let made = faux::Device::create(core, name, Driver).unwrap();
     let device = core.devices().pop().unwrap();
-    let opener = Opener {
-        pid: std::process::id(),
-        comm: "test".into(),
-        since: SystemTime::now(),
-        node: None,
-    };
-    let file = device.open_cdev(opener).unwrap();
+    let file = device.open_cdev(opener()).unwrap();
     let mut bind = BindIommufd {
         argsz: 24,
         ..Default::default()
@@ -192,6 +192,55 @@ fn open(core: &Core, name: &str, us: &Us, ioas: u32) -> (faux::Device, Arc<Devic
         .unwrap();
     attach(&file, us, ioas).unwrap();
     (made, file)
+}
+
+fn map_dma(us: &Us, vaddr: u64, iova: u64) -> Result<u32> {
+    let mut arg = DmaMap {
+        argsz: 32,
+        flags: DmaFlags::READ | DmaFlags::WRITE,
+        vaddr,
+        iova,
+        size: PAGE as u64,
+    };
+    us.1.ioctl(cmd::VFIO_IOMMU_MAP_DMA, at(&mut arg), us)
+}
+
+fn unmap_dma(us: &Us, iova: u64) -> Result<u64> {
+    let mut arg = DmaUnmap {
+        argsz: 24,
+        iova,
+        size: PAGE as u64,
+        ..Default::default()
+    };
+    us.1.ioctl(cmd::VFIO_IOMMU_UNMAP_DMA, at(&mut arg), us)?;
+    Ok(std::hint::black_box(&arg).size)
+}
+
+/// A device opened through its group, which is in the container, with a backend.
+fn open_by_group(core: &Core, name: &str, us: &Us) -> (faux::Device, Arc<DeviceFile>) {
+    let made = faux::Device::create(core, name, Driver).unwrap();
+    let device = core.devices().pop().unwrap();
+    let group = core.groups().pop().unwrap().open(opener()).unwrap();
+    let mut fd = 1;
+    group
+        .ioctl(cmd::VFIO_GROUP_SET_CONTAINER, at(&mut fd), us)
+        .unwrap();
+    us.1.ioctl(cmd::VFIO_SET_IOMMU, 3, us).unwrap();
+    let file = device.open_cdev(opener()).unwrap();
+    file.open_by_group(&group, name.as_bytes(), opener())
+        .unwrap();
+    // The device keeps it open.
+    group.release();
+    (made, file)
+}
+
+fn opener() -> Opener {
+    Opener {
+        pid: std::process::id(),
+        comm: "test".into(),
+        since: SystemTime::now(),
+        node: None,
+    }
 }
 
 /// `struct uffdio_api` and `struct uffdio_register` (`include/uapi/linux/userfaultfd.h`).
@@ -211,7 +260,7 @@ fn silent_page() -> Option<(u64, OwnedFd)> {
     // SAFETY: a fresh mapping at an address of the kernel's choice.
     let page = unsafe { mmap_anonymous(std::ptr::null_mut(), PAGE, prot, MapFlags::PRIVATE) };
     let page = page.unwrap().expose_provenance() as u64;
-    let mut api = [0xaa, 0, 0];
+    let mut api = [0xaa_u64, 0, 0];
     // SAFETY: the structure is as long as the command says.
     unsafe { ioctl(&uffd, Updater::<UFFDIO_API, _>::new(&mut api)) }.unwrap();
     const MISSING: u64 = 1;
@@ -228,7 +277,7 @@ fn dma_to_memory_of_a_silent_userfaultfd() {
         return;
     };
     let core = Core::new(Config::default());
-    let us = Us(Iommufd::new());
+    let us = Us(Iommufd::new(), Container::new());
     let first = ioas(&us);
     let mut good = vec![7u8; 2 * PAGE];
     let good = at(&mut good[0]).next_multiple_of(PAGE as u64);
@@ -257,4 +306,70 @@ fn dma_to_memory_of_a_silent_userfaultfd() {
     two.release();
     one.release();
     us.0.close();
+}
+
+#[test]
+fn dma_of_a_container_to_memory_of_a_silent_userfaultfd() {
+    let Some((silent, uffd)) = silent_page() else {
+        vfiod_tests::skip("userfaultfd for kernel accesses needs root");
+        return;
+    };
+    let core = Core::new(Config::default());
+    let us = Us(Iommufd::new(), Container::new());
+    let (_made, file) = open_by_group(&core, "one", &us);
+    map_dma(&us, silent, 0).unwrap();
+    // On a thread of its own: if it waited after all, this test would say so and not hang.
+    let (done, ended) = mpsc::channel();
+    let reading = Arc::clone(&file);
+    let reader = std::thread::spawn(move || done.send(reading.read(0, &mut [0; 8])));
+    assert_eq!(ended.recv_timeout(SOON), Ok(Err(Errno::FAULT)));
+    reader.join().unwrap().unwrap();
+    assert_eq!(unmap_dma(&us, 0), Ok(PAGE as u64), "nothing hangs in it");
+    drop(uffd);
+    map_dma(&us, silent, 0).unwrap();
+    assert_eq!(file.read(0, &mut [0; 8]), Ok(8), "it answers now");
+    us.1.close();
+    file.release();
+    assert_eq!(map_dma(&us, silent, 0), Err(Errno::INVAL), "no backend");
+}
+
+/// A client's mapping of a device's memory: a container takes it, iommufd does not.
+#[test]
+fn dma_to_a_devices_memory() {
+    let memory = dma_memory::DeviceMemory::create(PAGE as u64).unwrap();
+    memory.write(0, &[1, 2, 3, 4, 5, 6, 7, 8]).unwrap();
+    // An open file of its own, as a client's node is.
+    let number = std::os::fd::AsRawFd::as_raw_fd(&memory.backing_fd());
+    let opened = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(format!("/proc/self/fd/{number}"))
+        .unwrap();
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    let null = std::ptr::null_mut();
+    // SAFETY: a fresh mapping at an address of the kernel's choice; nothing here looks into it.
+    let mapped = unsafe { rustix::mm::mmap(null, PAGE, prot, MapFlags::SHARED, &opened, 0) };
+    let mapped = mapped.unwrap().expose_provenance() as u64;
+    drop(opened);
+    let core = Core::new(Config::default());
+    let us = Us(Iommufd::new(), Container::new());
+    let (_one, grouped) = open_by_group(&core, "one", &us);
+    map_dma(&us, mapped, 0).unwrap();
+    let mut buf = [0; 8];
+    assert_eq!(grouped.read(0, &mut buf), Ok(8));
+    assert_eq!(buf, [1, 2, 3, 4, 5, 6, 7, 8]);
+    let first = ioas(&us);
+    map(&us, first, mapped, 0).unwrap();
+    let (_two, bound) = open(&core, "two", &us, first);
+    assert_eq!(bound.read(0, &mut buf), Err(Errno::FAULT));
+    // A mapping of it does not keep it in use, and goes with it.
+    assert!(memory.has_other_openers(), "the client's mapping does");
+    memory.revoke();
+    assert_eq!(grouped.read(0, &mut buf), Err(Errno::FAULT));
+    // SAFETY: what was mapped above, and nobody has a reference into it.
+    unsafe { rustix::mm::munmap(std::ptr::with_exposed_provenance_mut(mapped as usize), PAGE) }
+        .unwrap();
+    assert!(!memory.has_other_openers(), "but DMA does not");
+    bound.release();
+    grouped.release();
 }
