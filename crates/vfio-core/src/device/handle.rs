@@ -460,13 +460,14 @@ impl Device {
     /// Cuts its users off.
     pub(crate) fn disassociate(&self) {
         self.head().set_life(Life::Dead);
+        // Told first: the last user may go by this, and whoever waits for that wants to know why.
+        self.head().core.event(self.head(), What::Disassociated);
         for file in self.files() {
             file.disassociate();
         }
         if let Some(memory) = self.head().memory_if_made() {
             memory.revoke();
         }
-        self.head().core.event(self.head(), What::Disassociated);
     }
 
     /// A callback of its driver panicked.
