@@ -364,8 +364,17 @@ fn outlived(device: &Device, grant: Arc<Grant>, memory: Arc<dma_memory::DeviceMe
         // Other open files of the device hold the backing file open too; then only the mappings
         // themselves tell.
         let others = device.files().iter().any(|file| !file.is_released());
-        !others || is_mapped(&memory, &nodes)
+        !others || is_mapped(&memory, &nodes) || is_kept(&memory)
     }));
+}
+
+/// True when another process has a descriptor of the memory itself, as a vfio-user client gets one: it
+/// can map it at any time. A client of a node has only the node's.
+fn is_kept(memory: &dma_memory::DeviceMemory) -> bool {
+    let id: Vec<FileId> = FileId::of(memory.backing_fd()).into_iter().collect();
+    holders(&id, &[rustix::process::getpid()])
+        .iter()
+        .any(|holder| !holder.fds.is_empty())
 }
 
 fn is_mapped(memory: &dma_memory::DeviceMemory, nodes: &[FileId]) -> bool {

@@ -263,8 +263,9 @@ impl Connection {
             let (opened, twin) = match hello(link, offer, who, message, reply) {
                 Ok(opened) => opened,
                 Err((errno, reason)) => {
-                    let _ = pipe.send(header.refusal(errno).as_bytes(), None);
+                    // Whoever hears of it can look it up.
                     offer.refuse(who, errno, reason);
+                    let _ = pipe.send(header.refusal(errno).as_bytes(), None);
                     return Err(Errno::PIPE);
                 }
             };

@@ -51,6 +51,9 @@ impl Session {
     /// that is not there; else what it says.
     pub(super) fn feature(&self, payload: &[u8], reply: &mut Reply) -> Result {
         let (head, data) = take::<FeatureHeader>(payload)?;
+        if (head.argsz as usize) < HEAD {
+            return Err(Errno::INVAL);
+        }
         head.flags.check()?;
         let room = head.data_room();
         let (get, set) = (FeatureFlags::GET, FeatureFlags::SET);
@@ -121,7 +124,7 @@ impl Session {
             }
         }
         // What was set or asked about is repeated, as far as there is room for it.
-        let repeated = payload.len().min((head.argsz as usize).max(HEAD));
+        let repeated = payload.len().min(head.argsz as usize);
         reply.push(&payload[..repeated]);
         Ok(())
     }

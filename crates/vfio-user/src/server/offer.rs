@@ -312,7 +312,9 @@ impl OfferState {
                 file.opener().pid,
                 file.opener().comm
             ),
-            (None, _) => "a client that closed it still maps its memory".to_owned(),
+            (None, _) => {
+                "a former client still has its memory, mapped or as a descriptor".to_owned()
+            }
         }
     }
 

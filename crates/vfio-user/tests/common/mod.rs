@@ -49,6 +49,8 @@ pub const FAILED: u64 = 56;
 pub const ERROR: u64 = 64;
 pub const PANIC: u64 = 72;
 pub const STUCK: u64 = 80;
+/// A thread of the driver reads 2 KiB from there to the upper half of the registers.
+pub const LATER_BULK: u64 = 88;
 /// Region 1 can be mapped, region 2 in two areas, region 3 in one. Region 7 is 255 bytes long.
 pub const MAPPED: u64 = 8192;
 
@@ -215,6 +217,17 @@ impl DeviceOps for Probe {
             (0, DMA_WRITE) => transfer(&session.dma, &session.registers, iova()?, false)?,
             (0, LATER_READ) => session.later(iova()?, true),
             (0, LATER_WRITE) => session.later(iova()?, false),
+            (0, LATER_BULK) => {
+                let (dma, iova) = (session.dma.clone(), iova()?);
+                let registers = Arc::clone(&session.registers);
+                std::thread::spawn(move || {
+                    let mut bulk = vec![0; 2048];
+                    let done = dma.read(iova, &mut bulk);
+                    let mut registers = registers.lock().unwrap();
+                    registers[2048..].copy_from_slice(&bulk);
+                    registers[DONE as usize] += u8::from(done.is_ok());
+                });
+            }
             (0, FIRE) => {
                 if session.irqs.uses_messages() {
                     session.irqs.fire(u32::from(data[0]));
