@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::Mutex;
+use std::sync::OnceLock;
 use std::sync::PoisonError;
 use std::sync::RwLock;
 use std::sync::Weak;
@@ -46,12 +47,19 @@ pub struct SharedFile {
     file: OwnedFd,
     id: FileId,
     writable: bool,
-    /// Unit of mapping: the huge page size for hugetlb.
-    page: u64,
-    is_huge: bool,
+    /// Asked for when it is mapped first: many files are never touched.
+    unit: OnceLock<Unit>,
     /// Set when the machine has no room for a mapping; then system calls serve.
     is_unmappable: AtomicBool,
     region: RwLock<Option<Region>>,
+}
+
+/// What a file is mapped by.
+#[derive(Clone, Copy, Debug)]
+struct Unit {
+    /// Bytes: the huge page size for hugetlb.
+    page: u64,
+    is_huge: bool,
 }
 
 impl FileRegistry {
@@ -95,20 +103,11 @@ impl FileRegistry {
         if let Some(known) = self.find(id, writable) {
             return Ok(known);
         }
-        const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
-        let fs = rustix::fs::fstatfs(&file)?;
-        let is_huge = u64::try_from(fs.f_type) == Ok(HUGETLBFS_MAGIC);
-        let page = if is_huge {
-            u64::try_from(fs.f_bsize).unwrap_or(0)
-        } else {
-            rustix::param::page_size() as u64
-        };
         let made = Arc::new(SharedFile {
             file,
             id,
             writable,
-            page: page.max(1),
-            is_huge,
+            unit: OnceLock::new(),
             is_unmappable: AtomicBool::new(false),
             region: RwLock::new(None),
         });
@@ -234,13 +233,31 @@ impl SharedFile {
             .transpose()
     }
 
+    /// What it is mapped by.
+    fn unit(&self) -> Result<Unit> {
+        const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+        if let Some(unit) = self.unit.get() {
+            return Ok(*unit);
+        }
+        let fs = rustix::fs::fstatfs(&self.file)?;
+        let is_huge = u64::try_from(fs.f_type) == Ok(HUGETLBFS_MAGIC);
+        let page = if is_huge {
+            u64::try_from(fs.f_bsize).unwrap_or(0)
+        } else {
+            rustix::param::page_size() as u64
+        };
+        let page = page.max(1);
+        Ok(*self.unit.get_or_init(|| Unit { page, is_huge }))
+    }
+
     /// Maps the file as it is now if it reaches to `end`.
     fn grow(&self, end: u64) -> Result<(), Fault> {
         let mut region = self.region.write().unwrap_or_else(PoisonError::into_inner);
+        let unit = self.unit().map_err(|_| Fault { done: 0 })?;
         let size = self
             .size()
             .ok()
-            .and_then(|size| size.checked_next_multiple_of(self.page));
+            .and_then(|size| size.checked_next_multiple_of(unit.page));
         let size = size.ok_or(Fault { done: 0 })?;
         if end > size {
             return Err(Fault { done: 0 });
@@ -251,7 +268,7 @@ impl SharedFile {
         }
         // A file that grows page by page is not mapped anew for each. Not so for hugetlb, where a
         // mapping past the end makes the file longer (`fs/hugetlbfs/inode.c`, `hugetlbfs_file_mmap`).
-        let want = if self.is_huge {
+        let want = if unit.is_huge {
             size
         } else {
             size.max(mapped.saturating_mul(2))
