@@ -14,6 +14,7 @@ mod requests;
 mod served;
 mod supervised;
 mod table;
+mod vfio_user;
 
 use std::process::Command;
 use std::time::Instant;
@@ -97,7 +98,7 @@ impl Row {
 /// All rows, in the order of the table.
 fn all() -> Vec<Benchmark> {
     let (first, last) = requests::ROWS.split_at(5);
-    let rows: [&[Benchmark]; 7] = [
+    let rows: [&[Benchmark]; 8] = [
         first,
         &dma::ROWS,
         &container::ROWS,
@@ -105,6 +106,7 @@ fn all() -> Vec<Benchmark> {
         &lifecycle::ROWS,
         &supervised::ROWS,
         last,
+        &vfio_user::ROWS,
     ];
     rows.concat()
 }

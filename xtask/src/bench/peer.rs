@@ -19,6 +19,7 @@ use rustix::thread::ClockId;
 use super::client;
 use super::null;
 use super::served;
+use super::vfio_user;
 
 /// What a process of a benchmark is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -35,6 +36,14 @@ pub(crate) enum Role {
     Registry,
     /// The least that could supervise system calls.
     NullSupervisor,
+    /// Speaks vfio-user and measures what its messages cost.
+    UserClient,
+    /// Our vfio-user server, with devices.
+    UserOurs,
+    /// The least that could answer on a socket.
+    UserRaw,
+    /// The server of the `vfio_user` crate.
+    UserCrate,
 }
 
 /// The hidden command that starts a role.
@@ -53,6 +62,10 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
         Role::Null => null::Server::start(arguments, false)?.converse()?,
         Role::NullFollows => null::Server::start(arguments, true)?.converse()?,
         Role::Registry => super::lifecycle::Counted.converse()?,
+        Role::UserClient => vfio_user::Client::default().converse()?,
+        Role::UserOurs => vfio_user::Ours::start(arguments)?.converse()?,
+        Role::UserRaw => vfio_user::Raw::start(arguments)?.converse()?,
+        Role::UserCrate => vfio_user::Crate::start(arguments)?.converse()?,
         Role::NullSupervisor => super::supervised::Null::start(arguments)?.converse()?,
     }
     Ok(true)
