@@ -65,18 +65,18 @@ impl Converse for Client {
         match *words {
             ["connect", path] => {
                 self.connections.push(Connection::new(path)?);
-                return Ok(String::new());
+                Ok(String::new())
             }
             ["files"] => {
                 let connection = self.connections.last_mut().context("no connection")?;
                 connection.files = (0..FILES).map(|_| memory(LARGE)).collect::<Result<_>>()?;
-                return Ok(String::new());
+                Ok(String::new())
             }
             ["fill", ..] => {
                 let count: u32 = word(words, 2)?;
                 let connection = self.connection(words, 1)?;
                 (0..count).try_for_each(|n| connection.map_small(n))?;
-                return Ok(String::new());
+                Ok(String::new())
             }
             ["windows", ..] => {
                 let (first, count) = (word(words, 2)?, word(words, 3)?);
