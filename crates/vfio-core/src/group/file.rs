@@ -186,8 +186,11 @@ impl GroupFile {
             _ => Err(Errno::BADFD),
         };
         let mut state = self.group.state();
-        state.backend = Backend::None;
         let still_open = state.open.as_ref().is_some_and(|open| open.id == self.id);
+        if still_open {
+            state.backend = Backend::None;
+        }
+        // Otherwise the close has taken the mark away, and what is set now is another file's.
         let alive = state.iommu.is_some();
         let result = match joined {
             Ok(_) if !still_open => Err(Errno::BADF),
