@@ -233,29 +233,38 @@ impl SharedFile {
             .transpose()
     }
 
-    /// What it is mapped by.
-    fn unit(&self) -> Result<Unit> {
+    /// What it is mapped by. `block` is what fstat says; only a file of huge pages, or one that may
+    /// have them (`mm/shmem.c`, `shmem_getattr`), has blocks larger than a page.
+    fn unit(&self, block: u64) -> Result<Unit> {
         const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
         if let Some(unit) = self.unit.get() {
             return Ok(*unit);
         }
-        let fs = rustix::fs::fstatfs(&self.file)?;
-        let is_huge = u64::try_from(fs.f_type) == Ok(HUGETLBFS_MAGIC);
-        let page = if is_huge {
-            u64::try_from(fs.f_bsize).unwrap_or(0)
-        } else {
-            rustix::param::page_size() as u64
+        let page = rustix::param::page_size() as u64;
+        let mut unit = Unit {
+            page,
+            is_huge: false,
         };
-        let page = page.max(1);
-        Ok(*self.unit.get_or_init(|| Unit { page, is_huge }))
+        if block != page {
+            let fs = rustix::fs::fstatfs(&self.file)?;
+            if u64::try_from(fs.f_type) == Ok(HUGETLBFS_MAGIC) {
+                let page = u64::try_from(fs.f_bsize).unwrap_or(0).max(1);
+                unit = Unit {
+                    page,
+                    is_huge: true,
+                };
+            }
+        }
+        Ok(*self.unit.get_or_init(|| unit))
     }
 
     /// Maps the file as it is now if it reaches to `end`.
     fn grow(&self, end: u64) -> Result<(), Fault> {
         let mut region = self.region.write().unwrap_or_else(PoisonError::into_inner);
-        let unit = self.unit().map_err(|_| Fault { done: 0 })?;
-        let size = self
-            .size()
+        let stat = rustix::fs::fstat(&self.file).map_err(|_| Fault { done: 0 })?;
+        let block = u64::try_from(stat.st_blksize).unwrap_or(0);
+        let unit = self.unit(block).map_err(|_| Fault { done: 0 })?;
+        let size = u64::try_from(stat.st_size)
             .ok()
             .and_then(|size| size.checked_next_multiple_of(unit.page));
         let size = size.ok_or(Fault { done: 0 })?;
