@@ -75,7 +75,15 @@ impl Mapped {
 
     /// The start of a file in memory, every page touched.
     pub(super) fn shared(file: impl AsFd, len: usize) -> Result<Self> {
-        let flags = MapFlags::SHARED | MapFlags::POPULATE;
+        Self::file(file, len, MapFlags::SHARED | MapFlags::POPULATE)
+    }
+
+    /// The same, with no page touched before it is used.
+    pub(super) fn untouched(file: impl AsFd, len: usize) -> Result<Self> {
+        Self::file(file, len, MapFlags::SHARED)
+    }
+
+    fn file(file: impl AsFd, len: usize, flags: MapFlags) -> Result<Self> {
         let at = std::ptr::null_mut();
         // SAFETY: as above.
         let base = unsafe { rustix::mm::mmap(at, len, Self::protection(), flags, file, 0) };

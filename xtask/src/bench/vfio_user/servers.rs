@@ -298,7 +298,7 @@ impl Window {
 
     fn map(&mut self, iova: u64, size: u64, fd: Option<impl Into<OwnedFd>>) -> Result<()> {
         if let (true, Some(fd)) = (self.maps, fd) {
-            self.mapped = Some(Mapped::shared(fd.into(), usize::try_from(size)?)?);
+            self.mapped = Some(Mapped::untouched(fd.into(), usize::try_from(size)?)?);
             self.iova = iova;
         }
         Ok(())
