@@ -280,10 +280,10 @@ impl Pending {
         if self.rundown.is_done() {
             return;
         }
-        let device = self.device.upgrade();
-        if let Some(device) = device {
+        // One more user for so long: who waits elsewhere wakes when no reference of ours is left.
+        if let Some(user) = self.device.upgrade().and_then(Device::stay) {
             self.rundown.force();
-            device.disassociate();
+            user.device().disassociate();
         }
         self.rundown.reach();
     }

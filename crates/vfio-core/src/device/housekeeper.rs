@@ -190,17 +190,19 @@ impl Housekeeper {
                     }
                 }
                 for (device, rundown) in late {
-                    if let Some(device) = device.upgrade() {
+                    // One more user for so long: who waits for the last one may expect that no
+                    // reference is left then, ours least of all.
+                    if let Some(user) = device.upgrade().and_then(Device::stay) {
+                        let device = user.device();
                         tracing::warn!(
                             "{} {}: {} user(s) did not leave in time, cutting them off",
                             device.driver(),
                             device.parent().name(),
-                            device.users()
+                            device.users().saturating_sub(1)
                         );
                         rundown.force();
                         device.disassociate();
                     }
-                    // The reference went with the block: who waits may expect to be the last.
                     rundown.reach();
                 }
                 let mut again = Vec::new();
