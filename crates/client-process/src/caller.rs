@@ -199,22 +199,22 @@ impl Caller {
     /// # Errors
     /// [`Errno::SRCH`]: the caller is gone.
     pub fn tgid(self) -> Result<Pid> {
-        Ok(proc::status(self.tid)?.tgid)
+        let pidfd = rustix::process::pidfd_open(self.tid, PIDFD_THREAD);
+        match pidfd.and_then(sys::pidfd_tgid) {
+            // Linux before 6.9, and before 6.13.
+            Err(Errno::INVAL | Errno::NOTTY) => Ok(proc::status(self.tid)?.tgid),
+            result => result,
+        }
     }
 
     /// The caller's process and its name, at most 15 bytes, any bytes: the part of
-    /// [`Caller::identity`] that one look tells.
+    /// [`Caller::identity`] that is quick to tell.
     ///
     /// # Errors
     /// [`Errno::SRCH`]: the caller is gone.
     pub fn process(self) -> Result<(Pid, OsString)> {
-        let status = proc::status(self.tid)?;
-        let comm = if status.tgid == self.tid {
-            status.comm
-        } else {
-            proc::stat(status.tgid)?.comm
-        };
-        Ok((status.tgid, comm))
+        let tgid = self.tgid()?;
+        Ok((tgid, proc::comm(tgid)?))
     }
 
     /// Who it is, now.
@@ -330,6 +330,27 @@ fn end_of_copy(errno: nix::errno::Errno) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_is_what_its_identity_says() {
+        let me = rustix::process::getpid();
+        let ask = || {
+            let caller = Caller {
+                tid: rustix::thread::gettid(),
+            };
+            assert_eq!(proc::status(caller.tid).unwrap().tgid, me);
+            assert_eq!(caller.tgid(), Ok(me));
+            let (pid, comm) = caller.process().unwrap();
+            assert_eq!((pid, comm), (me, caller.identity().unwrap().comm));
+        };
+        ask();
+        std::thread::scope(|scope| {
+            scope.spawn(ask);
+        });
+        let nobody = Caller::new(i32::MAX).unwrap();
+        assert_eq!(nobody.tgid(), Err(Errno::SRCH));
+        assert_eq!(nobody.process(), Err(Errno::SRCH));
+    }
 
     #[test]
     fn the_leaders_table_serves_kernels_without_thread_pidfds() {

@@ -44,8 +44,6 @@ pub(crate) fn gone(errno: Errno) -> Errno {
 /// What `/proc/TID/status` tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Status {
-    /// The thread's own name.
-    pub(crate) comm: OsString,
     pub(crate) tgid: Pid,
     /// Effective ids: the second of the four columns.
     pub(crate) uid: u32,
@@ -65,11 +63,7 @@ fn parse_status(bytes: &[u8]) -> Option<Status> {
             .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
     };
     let effective = |name| field(name)?.split_whitespace().nth(1)?.parse().ok();
-    // The name is the first line, whatever is in it.
-    let name = bytes.strip_prefix(b"Name:\t")?;
-    let end = name.iter().position(|byte| *byte == b'\n')?;
     Some(Status {
-        comm: OsString::from_vec(unescape(name.get(..end)?)),
         tgid: Pid::from_raw(field("Tgid")?.trim().parse().ok()?)?,
         uid: effective("Uid")?,
         gid: effective("Gid")?,
@@ -77,25 +71,13 @@ fn parse_status(bytes: &[u8]) -> Option<Status> {
     })
 }
 
-/// A name as `/proc/PID/status` prints it: newlines and backslashes are escaped
-/// (`fs/proc/array.c`, `proc_task_name`).
-fn unescape(name: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(name.len());
-    let mut bytes = name.iter();
-    while let Some(byte) = bytes.next() {
-        out.push(match (byte, bytes.as_slice().first()) {
-            (b'\\', Some(b'n')) => {
-                bytes.next();
-                b'\n'
-            }
-            (b'\\', Some(b'\\')) => {
-                bytes.next();
-                b'\\'
-            }
-            _ => *byte,
-        });
+/// The name of a task: `/proc/PID/comm`, which nothing is escaped in (`fs/proc/base.c`, `comm_show`).
+pub(crate) fn comm(pid: Pid) -> Result<OsString> {
+    let mut name = read(pid, "comm")?;
+    if name.last() == Some(&b'\n') {
+        name.pop();
     }
-    out
+    Ok(OsString::from_vec(name))
 }
 
 /// What `/proc/PID/stat` tells.
@@ -165,8 +147,6 @@ mod tests {
             (12, 2, 6)
         );
         assert_eq!(status.cap_eff, 0x1000);
-        assert_eq!(status.comm, "x");
-        assert_eq!(unescape(br"a\nb\\n\x"), b"a\nb\\n\\x");
         assert_eq!(parse_status(b"Name:\tx\n"), None);
     }
 

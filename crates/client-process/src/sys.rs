@@ -1,8 +1,8 @@
 #![expect(
     unsafe_code,
-    reason = "two kernel calls that neither rustix nor nix wraps"
+    reason = "three kernel calls that neither rustix nor nix wraps"
 )]
-//! PROCMAP_QUERY and kcmp.
+//! PROCMAP_QUERY, PIDFD_GET_INFO and kcmp.
 
 use rustix::fd::AsFd;
 use rustix::fd::AsRawFd;
@@ -59,6 +59,43 @@ pub(crate) fn procmap_query(maps: impl AsFd, addr: u64) -> Result<ProcmapQuery> 
         )
     }?;
     Ok(query)
+}
+
+/// `struct pidfd_info` of `include/uapi/linux/pidfd.h`, as it first was.
+#[repr(C)]
+#[derive(Debug, Default, Clone, Copy)]
+struct PidfdInfo {
+    mask: u64,
+    cgroupid: u64,
+    pid: u32,
+    tgid: u32,
+    ppid: u32,
+    ids: [u32; 8],
+    exit_code: i32,
+}
+
+const _: () = assert!(size_of::<PidfdInfo>() == 64);
+
+/// The process of the task behind a pidfd.
+///
+/// SRCH: it is gone. NOTTY: Linux before 6.13.
+pub(crate) fn pidfd_tgid(pidfd: impl AsFd) -> Result<Pid> {
+    const OPCODE: ioctl::Opcode = ioctl::opcode::read_write::<PidfdInfo>(0xff, 11);
+    const PIDFD_INFO_PID: u64 = 1;
+    let mut info = PidfdInfo {
+        mask: PIDFD_INFO_PID,
+        ..PidfdInfo::default()
+    };
+    // SAFETY: the opcode carries the size of this very structure, and the kernel writes no more than
+    // that; no field is an address.
+    unsafe { ioctl::ioctl(pidfd, ioctl::Updater::<OPCODE, PidfdInfo>::new(&mut info)) }?;
+    if info.mask & PIDFD_INFO_PID == 0 {
+        return Err(Errno::SRCH);
+    }
+    i32::try_from(info.tgid)
+        .ok()
+        .and_then(Pid::from_raw)
+        .ok_or(Errno::SRCH)
 }
 
 /// Whether two tasks use one descriptor table. NOSYS: the kernel was built without kcmp.
