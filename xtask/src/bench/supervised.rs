@@ -46,10 +46,11 @@ pub(super) const ROWS: [Benchmark; 4] = [
         against: "a null supervisor that opens the file of a null FUSE server and adds it (ADDFD)",
         goal: Goal::AtMost(1.3),
         known_miss: Some(
-            "the null one asks a file system once, to open; ours looks at two descriptors, copies a name, \
-             finds the node, opens it, and has the daemon check that the client's group has the device \
-             (which asks the group's file who it is) and note who opens it: five requests and two looks \
-             at /proc",
+            "the null one opens a file by one path. Ours looks at the client's descriptor, copies it and a \
+             name, and opens the node by a path whose last name is looked up each time, since a device \
+             may go; then the daemon copies the supervisor's descriptor of the group, asks the group's \
+             file which one it is, on another of its threads, and notes who opens: three requests more, \
+             and three looks at /proc",
         ),
         run: device_fd,
     },
