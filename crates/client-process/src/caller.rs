@@ -282,6 +282,20 @@ pub fn is_eventfd(fd: &OwnedFd) -> bool {
         .is_ok_and(|name| name.as_bytes().starts_with(b"anon_inode:[eventfd"))
 }
 
+/// Whether two descriptors are of one eventfd, by the number that `/proc` gives each
+/// (`fs/eventfd.c`, `eventfd_show_fdinfo`). False where it cannot be told.
+pub fn is_same_eventfd(one: &OwnedFd, other: &OwnedFd) -> bool {
+    use rustix::fd::AsRawFd;
+    let number = |fd: &OwnedFd| {
+        let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).ok()?;
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("eventfd-id:"))?;
+        line.trim().parse::<u64>().ok()
+    };
+    number(one).is_some_and(|id| number(other) == Some(id))
+}
+
 impl Caller {
     /// A hold on the thread's number: while [`is_running`] is true of it, the number is this thread's.
     /// `INVAL` for a thread that does not lead its process, before Linux 6.9.

@@ -24,6 +24,7 @@ pub use caller::Caller;
 pub use caller::Capability;
 pub use caller::Identity;
 pub use caller::is_eventfd;
+pub use caller::is_same_eventfd;
 pub use holders::FileId;
 pub use holders::Holder;
 pub use holders::holders;

@@ -241,6 +241,9 @@ impl PciIrqs {
                 let mut state = lock(&self.state);
                 match fd {
                     None => after.drop.extend(state.intx.unmask.take()),
+                    Some(fd) if state.intx.unmask.as_ref().is_some_and(|one| one.is_by(&fd)) => {
+                        return Err(Errno::BUSY);
+                    }
                     // The kernel's is gone when its last user closes it, ours is not: QEMU with KVM
                     // closes one and brings the next.
                     Some(fd) => {
@@ -393,15 +396,22 @@ fn fire_level(state: &mut State, after: &mut After) {
 /// An eventfd as input: each signal unmasks INTx (the kernel's `virqfd`). Dropping it stops and
 /// joins its thread.
 struct Unmask {
+    input: Trigger,
     stop: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Unmask {
+    /// Whether it is this eventfd that unmasks.
+    fn is_by(&self, input: &Trigger) -> bool {
+        client_process::is_same_eventfd(self.input.fd(), input.fd())
+    }
+
     fn start(input: Trigger, state: &Arc<Mutex<State>>) -> Result<Unmask> {
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let stopped = Arc::clone(&stop);
         let state = Arc::downgrade(state);
+        let kept = input.clone();
         let thread = std::thread::Builder::new()
             .name("vfio-unmask".into())
             .spawn(move || {
@@ -438,6 +448,7 @@ impl Unmask {
             })
             .map_err(|_| Errno::NOMEM)?;
         Ok(Unmask {
+            input: kept,
             stop,
             thread: Some(thread),
         })

@@ -98,6 +98,7 @@ fn intx_unmasked_by_eventfd() {
     let early = request(irq::INTX, 0, 1, Action::Unmask, Data::Eventfd(&others));
     irqs.set(early).unwrap();
     irqs.set(install).unwrap();
+    assert_eq!(irqs.set(install), Err(Errno::BUSY), "the same one again");
     irqs.set_level(true);
     assert_eq!(taken(&fd), 1);
     input.signal();
