@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use vfiod_control::client::DEFAULT_SOCKET;
-use vfiod_control::view::{Device, Refusal, SCHEMA, Show};
+use vfiod_control::view::{Device, Holder, Refusal, SCHEMA, Show};
 use vfiod_control::{Answer, Call, Client, FailureKind, UnregisterPolicy};
 
 /// Where answers come from.
@@ -30,11 +30,18 @@ impl Source {
 
 /// What `--json` prints: payloads under their names, beside schema and source.
 #[derive(Serialize)]
-struct Envelope<'a> {
+struct Envelope<'a, P: Serialize> {
     schema: u32,
     source: &'a str,
     #[serde(flatten)]
-    payload: BTreeMap<&'a str, serde_json::Value>,
+    payload: P,
+}
+
+/// What `who --json` prints.
+#[derive(Serialize)]
+struct Who<'a> {
+    holders: &'a [Holder],
+    refused: Vec<&'a Refusal>,
 }
 
 struct Output {
@@ -44,30 +51,21 @@ struct Output {
 }
 
 impl Output {
+    /// One value under its name.
     fn put<T: Serialize>(&self, key: &str, value: &T, text: impl FnOnce(Style) -> String) {
-        self.put_all(&[(key, serde_json::to_value(value))], text);
+        self.put_all(BTreeMap::from([(key, value)]), text);
     }
 
-    fn put_all(
-        &self,
-        payload: &[(&str, serde_json::Result<serde_json::Value>)],
-        text: impl FnOnce(Style) -> String,
-    ) {
+    /// Several, the fields of a structure.
+    fn put_all(&self, payload: impl Serialize, text: impl FnOnce(Style) -> String) {
         if !self.json {
             print::out(&text(self.style));
             return;
         }
-        let payload = payload.iter().filter_map(|(key, value)| match value {
-            Ok(value) => Some((*key, value.clone())),
-            Err(error) => {
-                eprintln!("vfioctl: {error}");
-                None
-            }
-        });
         let envelope = Envelope {
             schema: SCHEMA,
             source: self.source,
-            payload: payload.collect(),
+            payload,
         };
         match serde_json::to_string_pretty(&envelope) {
             Ok(text) => print::out(&format!("{text}\n")),
@@ -218,11 +216,10 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
                 }
                 Source::Plain(plain) => (plain.who(&full(dev))?, Vec::new()),
             };
-            let refused: Vec<&Refusal> = sockets.iter().flat_map(|one| &one.refused).collect();
-            let payload = [
-                ("holders", serde_json::to_value(&holders)),
-                ("refused", serde_json::to_value(&refused)),
-            ];
+            let payload = Who {
+                holders: &holders,
+                refused: sockets.iter().flat_map(|one| &one.refused).collect(),
+            };
             output.put_all(&payload, |style| {
                 print::who(style, dev, &holders) + &print::refusals(&sockets)
             });
