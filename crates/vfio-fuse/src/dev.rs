@@ -241,13 +241,9 @@ pub(crate) fn make_dir(path: &Path) -> Result<(), Errno> {
     std::fs::create_dir_all(path).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
 }
 
-/// Directories are always the same, and nobody can change them: each walk through one would ask again,
-/// to know who may pass.
 fn dir_attr(ino: u64) -> Attr {
-    const NEVER_CHANGES: Duration = Duration::from_secs(3600);
     Attr {
         nlink: 2,
-        ttl: NEVER_CHANGES,
         ..Attr::new(ino, 0o040_755, 0)
     }
 }
