@@ -49,7 +49,7 @@ pub(super) const ROWS: [Benchmark; 4] = [
             "the null one opens a file by one path. Ours looks at the client's descriptor, copies it and a \
              name, and opens the node by a path whose last name is looked up each time, since a device \
              may go; then the daemon copies the supervisor's descriptor of the group, asks the group's \
-             file which one it is, on another of its threads, and notes who opens: three requests more, \
+             file which one it is, on another of its threads, and notes who opens: four requests more, \
              and three looks at /proc",
         ),
         run: device_fd,
