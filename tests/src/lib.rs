@@ -9,6 +9,7 @@ pub mod huge_pages;
 mod initramfs;
 pub mod inside;
 pub mod packages;
+pub mod programs;
 pub mod skip;
 
 pub use huge_pages::HugePages;

@@ -36,7 +36,7 @@ impl Home {
         fs::create_dir_all(dir.join("run")).expect("a directory");
         for name in ["vfiod", "vfioctl"] {
             let built = program(name).expect("it is built");
-            fs::copy(built, dir.join(name)).expect("it is copied");
+            vfiod_tests::programs::copy(built, dir.join(name));
         }
         for path in [&dir, &dir.join("run")] {
             std::os::unix::fs::chown(path, Some(USER), Some(USER)).expect("it is given away");

@@ -17,7 +17,7 @@ impl Program {
         let dir = tempfile::tempdir().unwrap();
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         let path = dir.path().join("vfioctl");
-        std::fs::copy(env!("CARGO_BIN_EXE_vfioctl"), &path).unwrap();
+        vfiod_tests::programs::copy(env!("CARGO_BIN_EXE_vfioctl"), &path);
         Program { _dir: dir, path }
     }
 

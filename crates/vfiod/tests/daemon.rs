@@ -405,7 +405,7 @@ fn the_socket_is_for_root_and_its_group() {
     assert_eq!(mode & 0o777, 0o660);
     // Where another user can get at it.
     let program = daemon.path("vfioctl");
-    fs::copy(vfioctl(), &program).unwrap();
+    vfiod_tests::programs::copy(vfioctl(), &program);
     let output = Command::new(&program)
         .arg("--root")
         .arg(daemon.root())

@@ -20,7 +20,7 @@ impl Place {
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         fs::create_dir(dir.path().join("tmp")).unwrap();
         fs::set_permissions(dir.path().join("tmp"), fs::Permissions::from_mode(0o777)).unwrap();
-        fs::copy(env!("CARGO_BIN_EXE_vfiod"), dir.path().join("vfiod")).unwrap();
+        vfiod_tests::programs::copy(env!("CARGO_BIN_EXE_vfiod"), dir.path().join("vfiod"));
         Place { dir }
     }
 

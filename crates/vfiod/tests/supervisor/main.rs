@@ -380,6 +380,14 @@ fn without_its_supervisor_a_client_gets_errors() {
     nobody_has_it(&daemon);
 }
 
+/// Zero if the session began outside of our PID namespace, which is no [`Pid`].
+fn session(pid: Pid) -> u32 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let after_the_name = stat.rsplit(')').next().unwrap();
+    let field = after_the_name.split_whitespace().nth(3).unwrap();
+    field.parse().unwrap()
+}
+
 #[test]
 fn a_supervisor_ends_with_those_it_supervises() {
     let daemon = Daemon::start();
@@ -396,10 +404,7 @@ fn a_supervisor_ends_with_those_it_supervises() {
         let link = std::fs::read_link(format!("/proc/{supervisor}/fd/{fd}")).unwrap();
         assert_eq!(link, Path::new("/dev/null"));
     }
-    assert_ne!(
-        rustix::process::getsid(Some(supervisor)).unwrap(),
-        rustix::process::getsid(Some(client.pid())).unwrap()
-    );
+    assert_ne!(session(supervisor), session(client.pid()));
     assert!(users(&daemon) <= 1);
     kill_process(client.pid(), Signal::KILL).unwrap();
     let stat = format!("/proc/{supervisor}/stat");
@@ -481,7 +486,7 @@ fn an_ordinary_user_is_supervised() {
     std::fs::set_permissions(open.path(), mode).unwrap();
     let place = |built: &Path| {
         let to = open.path().join(built.file_name().unwrap());
-        std::fs::copy(built, &to).unwrap();
+        vfiod_tests::programs::copy(built, &to);
         to
     };
     let vfioctl = place(Path::new(daemon.command(&[]).get_program()));
