@@ -230,7 +230,6 @@ fn memory_is_one_address_space_and_no_other() {
     assert!(!after.is_alive());
     assert_eq!(after.read(addr, &mut [0]), Err(Errno::FAULT));
     assert_eq!(Memory::of(caller(&client)).unwrap_err(), Errno::FAULT);
-    rustix::process::kill_process(pid(forked), rustix::process::Signal::KILL).unwrap();
 }
 
 #[test]
