@@ -156,19 +156,21 @@ impl Caller {
     /// [`Errno::SRCH`]: the caller is gone. [`Errno::PERM`]: we may not look into it.
     /// [`Errno::MFILE`]: we have no descriptor left.
     pub fn get_fd(self, n: i32) -> Result<OwnedFd> {
-        if n < 0 {
-            return Err(Errno::BADF);
-        }
-        match rustix::process::pidfd_open(self.tid, PIDFD_THREAD) {
-            Ok(pidfd) => usable(rustix::process::pidfd_getfd(
-                pidfd,
-                n,
-                PidfdGetfdFlags::empty(),
-            )?),
+        match self.hold() {
+            Ok(thread) => thread.get_fd(n),
             // The flag is unknown before Linux 6.9.
-            Err(Errno::INVAL) => self.get_fd_of_leader(n),
+            Err(Errno::INVAL) if n >= 0 => self.get_fd_of_leader(n),
+            Err(Errno::INVAL) => Err(Errno::BADF),
             Err(errno) => Err(errno),
         }
+    }
+
+    /// A hold on the thread, for those who come again: see [`Thread`].
+    ///
+    /// # Errors
+    /// [`Errno::INVAL`]: Linux before 6.9. [`Errno::SRCH`]: the caller is gone. [`Errno::MFILE`].
+    pub fn hold(self) -> Result<Thread> {
+        rustix::process::pidfd_open(self.tid, PIDFD_THREAD).map(Thread)
     }
 
     fn get_fd_of_leader(self, n: i32) -> Result<OwnedFd> {
@@ -271,6 +273,30 @@ impl Caller {
 
     fn nix_pid(self) -> nix::unistd::Pid {
         nix::unistd::Pid::from_raw(self.tid.as_raw_nonzero().get())
+    }
+}
+
+/// One thread, whatever becomes of its number: when the thread has ended, everything here is `SRCH`.
+#[derive(Debug)]
+pub struct Thread(OwnedFd);
+
+impl Thread {
+    /// As [`Caller::get_fd`], in half as many system calls.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn get_fd(&self, n: i32) -> Result<OwnedFd> {
+        if n < 0 {
+            return Err(Errno::BADF);
+        }
+        let flags = PidfdGetfdFlags::empty();
+        usable(rustix::process::pidfd_getfd(&self.0, n, flags)?)
+    }
+
+    /// Whether the thread still exists: while it does, its number is no other's.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        is_running(&self.0)
     }
 }
 

@@ -17,12 +17,14 @@ mod caller;
 mod holders;
 mod maps;
 mod memory;
+mod names;
 mod proc;
 mod sys;
 
 pub use caller::Caller;
 pub use caller::Capability;
 pub use caller::Identity;
+pub use caller::Thread;
 pub use caller::is_eventfd;
 pub use caller::is_same_eventfd;
 pub use holders::FileId;
@@ -30,6 +32,7 @@ pub use holders::Holder;
 pub use holders::holders;
 pub use maps::Mapping;
 pub use memory::Memory;
+pub use names::Processes;
 pub use rustix::io::Errno;
 pub use rustix::process::Pid;
 

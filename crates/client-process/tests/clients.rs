@@ -210,6 +210,8 @@ fn memory_is_one_address_space_and_no_other() {
 
     // A child made by fork has its own.
     let forked = i32::try_from(client.ask("fork")).unwrap();
+    let held = rustix::process::pidfd_open(pid(forked), rustix::process::PidfdFlags::empty());
+    let held = held.unwrap();
     let copy = Memory::of(Caller::new(forked).unwrap()).unwrap();
     assert!(!Arc::ptr_eq(&memory, &copy));
     copy.write(addr, b"Z").unwrap();
@@ -230,6 +232,8 @@ fn memory_is_one_address_space_and_no_other() {
     assert!(!after.is_alive());
     assert_eq!(after.read(addr, &mut [0]), Err(Errno::FAULT));
     assert_eq!(Memory::of(caller(&client)).unwrap_err(), Errno::FAULT);
+    // It dies with its parent, but not if it has not come to ask for that yet.
+    let _ = rustix::process::pidfd_send_signal(&held, rustix::process::Signal::KILL);
 }
 
 #[test]
