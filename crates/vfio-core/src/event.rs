@@ -90,7 +90,8 @@ type Subscriber = Arc<dyn Fn(&Notice) + Send + Sync>;
 /// The list of those who listen.
 #[derive(Default)]
 pub(crate) struct Subscribers {
-    list: Mutex<Vec<(u64, Subscriber)>>,
+    /// Replaced as a whole, so that an event takes one count to have it.
+    list: Mutex<Arc<[(u64, Subscriber)]>>,
     next: Mutex<u64>,
     any: std::sync::atomic::AtomicBool,
 }
@@ -119,7 +120,7 @@ impl Subscribers {
             *next
         };
         let mut list = lock(&self.list);
-        list.push((id, f));
+        *list = list.iter().cloned().chain([(id, f)]).collect();
         self.any.store(true, std::sync::atomic::Ordering::Release);
         drop(list);
         Subscription {
@@ -135,11 +136,8 @@ impl Subscribers {
 
     /// Calls every subscriber, on this thread, with no lock held.
     pub(crate) fn send(&self, notice: &Notice) {
-        let list: Vec<Subscriber> = lock(&self.list)
-            .iter()
-            .map(|(_, f)| Arc::clone(f))
-            .collect();
-        for f in list {
+        let list = Arc::clone(&*lock(&self.list));
+        for (_, f) in list.iter() {
             f(notice);
         }
     }
@@ -148,14 +146,13 @@ impl Subscribers {
 impl Drop for Subscription {
     fn drop(&mut self) {
         let mut list = lock(&self.subscribers.list);
-        let gone = list
-            .iter()
-            .position(|(id, _)| *id == self.id)
-            .map(|at| list.remove(at));
+        let others = list.iter().filter(|(id, _)| *id != self.id);
+        let others = others.cloned().collect();
+        let before = std::mem::replace(&mut *list, others);
         self.subscribers
             .any
             .store(!list.is_empty(), std::sync::atomic::Ordering::Release);
         drop(list);
-        drop(gone);
+        drop(before);
     }
 }

@@ -512,20 +512,24 @@ pub(crate) fn log_event(notice: &Notice) {
         what,
         ..
     } = event;
-    let device = format!("vfio-dev {device}");
+    // Most are not logged, and need no name.
+    let device = || format!("vfio-dev {device}");
     match what {
-        What::Registered => tracing::info!(device, "registered for {parent}"),
-        What::Unregistering { users: 0 } => tracing::debug!(device, "unregistering"),
+        What::Registered => tracing::info!(device = device(), "registered for {parent}"),
+        What::Unregistering { users: 0 } => tracing::debug!(device = device(), "unregistering"),
         What::Unregistering { users } => {
-            tracing::info!(device, "unregistering, {users} open");
+            tracing::info!(device = device(), "unregistering, {users} open");
         }
         What::Requested { count } => {
-            tracing::info!(device, "users asked to let go of {parent} ({count})");
+            tracing::info!(
+                device = device(),
+                "users asked to let go of {parent} ({count})"
+            );
         }
-        What::Disassociated => tracing::warn!(device, "its users are cut off"),
-        What::Released => tracing::info!(device, "released"),
-        What::Panicked => tracing::error!(device, "a driver callback panicked"),
-        other => tracing::debug!(device, "{other:?}"),
+        What::Disassociated => tracing::warn!(device = device(), "its users are cut off"),
+        What::Released => tracing::info!(device = device(), "released"),
+        What::Panicked => tracing::error!(device = device(), "a driver callback panicked"),
+        other => tracing::debug!(device = device(), "{other:?}"),
     }
 }
 

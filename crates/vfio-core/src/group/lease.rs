@@ -58,8 +58,11 @@ impl Drop for Lease {
                 }
             }
         }
+        let awaited = state.waiters > 0;
         drop(state);
-        self.group.changed.notify_all();
+        if awaited {
+            self.group.changed.notify_all();
+        }
         self.group.finish_close();
     }
 }
