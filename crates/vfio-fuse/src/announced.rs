@@ -7,8 +7,8 @@
 //! Nothing that is announced is believed: a thread announces for groups alone whose files it has held,
 //! and the name has to mean the device that is opened.
 
-use crate::caller::{FuseCaller, shares_our_pids};
-use client_process::Thread;
+use crate::caller::{FuseCaller, opener_known_by, shares_our_pids};
+use client_process::{FileId, Processes, Thread};
 use dma_memory::{Fault, FileRegistry, SharedFile};
 use rustix::io::Errno;
 use std::collections::HashMap;
@@ -43,6 +43,8 @@ struct Announcer {
     memory: Arc<SharedFile>,
     /// The numbers that it knows processes by are ours.
     shares_pids: bool,
+    /// Those for whom it opens.
+    clients: Processes,
     groups: Mutex<Vec<(u32, Weak<GroupFile>)>>,
 }
 
@@ -95,6 +97,7 @@ impl Announcers {
                     thread,
                     memory,
                     shares_pids: shares_our_pids(tid),
+                    clients: Processes::default(),
                     groups: Mutex::default(),
                 });
                 let mut threads = self.threads();
@@ -116,6 +119,23 @@ impl Announcers {
         Ok(id)
     }
 
+    /// Forgets threads that are gone, and those whose groups are all closed: at rest nothing is kept.
+    pub(crate) fn prune(&self) {
+        let mut gone = Vec::new();
+        self.threads().retain(|_, announcer| {
+            announcer
+                .groups()
+                .retain(|(_, group)| group.strong_count() > 0);
+            let keep = !announcer.groups().is_empty() && announcer.thread.is_running();
+            if !keep {
+                gone.push(Arc::clone(announcer));
+            }
+            keep
+        });
+        // Without the lock.
+        drop(gone);
+    }
+
     /// What a thread has announced for the open that it waits for.
     pub(crate) fn of(&self, tid: u32) -> Option<Announced> {
         let announcer = self.get(tid)?;
@@ -135,7 +155,7 @@ impl Announcers {
                 },
                 name_len: field(offset_of!(Announcement, name_len))? as usize,
                 name,
-                memory: Arc::clone(&announcer.memory),
+                announcer: Arc::clone(&announcer),
             })
         };
         read().ok()
@@ -158,13 +178,20 @@ pub(crate) struct Announced {
     group: Option<Arc<GroupFile>>,
     /// Who the file is for, as a thread's number. For messages alone: a number that we do not know as
     /// the caller does is worth nothing.
-    pub(crate) client: u32,
+    client: u32,
     name: [u8; 64],
     name_len: usize,
-    memory: Arc<SharedFile>,
+    announcer: Arc<Announcer>,
 }
 
 impl Announced {
+    /// Who will use the file.
+    pub(crate) fn opener(&self, node: Option<FileId>) -> Opener {
+        opener_known_by(self.client, node, |thread| {
+            self.announcer.clients.of(thread)
+        })
+    }
+
     /// Makes a new file what was announced. On error it is to be closed.
     ///
     /// Errors of `OPEN_DEVICE`; but `ESTALE`, from which the kernel would conclude that its walk to
@@ -178,7 +205,7 @@ impl Announced {
             other => other,
         })?;
         let state = offset_of!(Announcement, state) as u64;
-        let stored = self.memory.store(state, announcement::HONOURED);
+        let stored = self.announcer.memory.store(state, announcement::HONOURED);
         stored.map_err(|_| Errno::FAULT)
     }
 }

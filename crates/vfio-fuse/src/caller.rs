@@ -2,8 +2,9 @@
 
 use crate::identify::identify;
 use crate::node::Shared;
-use client_process::{Capability, FileId, Memory};
+use client_process::{Capability, FileId, Memory, Pid};
 use rustix::io::Errno;
+use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
@@ -29,6 +30,30 @@ impl FuseCaller<'_> {
     }
 }
 
+impl FuseCaller<'_> {
+    /// Which open file our duplicate of a client's descriptor is of.
+    ///
+    /// The duplicate is the client's open file: asking our own node through it tells which one that is,
+    /// whoever copied the descriptor how. It is to be closed before the reply, and while it is open the
+    /// file cannot be released, so the number cannot mean another.
+    pub(crate) fn file_of(&self, duplicate: &OwnedFd) -> Result<FileObject, Errno> {
+        // Compared without asking any server: the file may be of one that never answers.
+        let id = FileId::of(duplicate).ok();
+        let Some(id) = id.filter(|id| self.shared.is_our_mount(id.dev)) else {
+            return Ok(FileObject::Other);
+        };
+        if let Some(group) = self.shared.open_group(id) {
+            return Ok(group);
+        }
+        match identify(duplicate) {
+            Ok(fh) => Ok(self.shared.files.get(fh).unwrap_or(FileObject::Other)),
+            // A directory of ours, or a node whose connection has ended.
+            Err(Errno::NOTTY | Errno::NOSYS | Errno::NOTCONN) => Ok(FileObject::Other),
+            Err(errno) => Err(errno),
+        }
+    }
+}
+
 /// True when the numbers that a thread knows processes by are ours too.
 pub(crate) fn shares_our_pids(tid: u32) -> bool {
     static OURS: LazyLock<Option<PathBuf>> = LazyLock::new(|| of("self"));
@@ -40,10 +65,19 @@ pub(crate) fn shares_our_pids(tid: u32) -> bool {
 
 /// Who opens a file, as well as it can be told.
 pub(crate) fn opener(tid: u32, node: Option<FileId>) -> Opener {
+    opener_known_by(tid, node, client_process::Caller::process)
+}
+
+/// The same, with another way to ask for the process and its name.
+pub(crate) fn opener_known_by(
+    tid: u32,
+    node: Option<FileId>,
+    process: impl FnOnce(client_process::Caller) -> Result<(Pid, OsString), Errno>,
+) -> Opener {
     let process = i32::try_from(tid)
         .ok()
         .and_then(|tid| client_process::Caller::new(tid).ok())
-        .and_then(|thread| thread.process().ok());
+        .and_then(|thread| process(thread).ok());
     let since = std::time::SystemTime::now();
     match process {
         Some((pid, comm)) => Opener {
@@ -94,20 +128,7 @@ impl Caller for FuseCaller<'_> {
     }
 
     fn file(&self, fd: i32) -> Result<FileObject, Errno> {
-        // Our duplicate is the client's open file: asking our own node through it tells which one
-        // that is, whoever copied the descriptor how. It is closed before the reply, and while it
-        // is open the file cannot be released, so the number cannot mean another.
-        let duplicate = self.thread.get_fd(fd)?;
-        // Compared without asking any server: the file may be of one that never answers.
-        if !FileId::of(&duplicate).is_ok_and(|id| self.shared.is_our_mount(id.dev)) {
-            return Ok(FileObject::Other);
-        }
-        match identify(&duplicate) {
-            Ok(fh) => Ok(self.shared.files.get(fh).unwrap_or(FileObject::Other)),
-            // A directory of ours, or a node whose connection has ended.
-            Err(Errno::NOTTY | Errno::NOSYS | Errno::NOTCONN) => Ok(FileObject::Other),
-            Err(errno) => Err(errno),
-        }
+        self.file_of(&self.thread.get_fd(fd)?)
     }
 
     fn memory(&self) -> Result<Arc<Memory>, Errno> {

@@ -1,6 +1,7 @@
 //! The `dev` tree: `vfio/devices/vfioN`, `vfio/N`, `vfio/vfio` and `iommu`.
 
 use crate::advice::Advice;
+use crate::announced::Announcers;
 use crate::files::Files;
 use crate::mounter::{Mounter, connection_config};
 use crate::node::{Node, Shared, Through, file_id};
@@ -24,16 +25,18 @@ use vfio_core::caller::FileObject;
 use vfio_core::device::Device;
 use vfio_core::event::{Notice, Subscription, What};
 use vfio_core::group::Group;
+use vfio_uapi::private::INODES;
 
 const ROOT: u64 = 1;
 const VFIO: u64 = 2;
 const DEVICES: u64 = 3;
-const IOMMU: u64 = 4;
-const CONTAINER: u64 = 5;
+// What is no directory, by what its number begins with.
+const IOMMU: u64 = INODES | 1;
+const CONTAINER: u64 = INODES | 2;
 /// Node of a device: this plus its serial. Serials are not used again, so neither are nodes.
-const DEVICE: u64 = 1 << 32;
+const DEVICE: u64 = INODES | 1 << 40;
 /// Node of a group: this plus its serial.
-const GROUP: u64 = 1 << 48;
+const GROUP: u64 = INODES | 1 << 44;
 
 /// `st_ino` of a device's node, whichever connection it is seen on.
 pub(crate) fn ino(serial: u64) -> u64 {
@@ -122,6 +125,8 @@ impl Dev {
             mounter: Mounter::new(options.dev.join("vfio/devices"), options.idle),
             config: core.config().clone(),
             advice: Advice::default(),
+            announcers: Announcers::default(),
+            open_groups: Mutex::default(),
             ioctl_deadline: options.ioctl_deadline,
             passthrough,
         });

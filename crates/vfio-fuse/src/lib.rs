@@ -7,6 +7,7 @@
 //! lock on their way, and a device that nobody uses costs no descriptor, no mount and no thread.
 
 mod advice;
+mod announced;
 mod caller;
 mod dev;
 mod files;

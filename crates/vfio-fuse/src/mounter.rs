@@ -170,6 +170,18 @@ impl Mounter {
         self.start(state);
     }
 
+    /// Attributes of the device's node were changed on the `dev` connection.
+    pub(crate) fn changed(self: &Arc<Self>, serial: u64) {
+        let own = self
+            .state()
+            .own
+            .get(&serial)
+            .map(|own| Arc::clone(&own.through));
+        if let Some(own) = own {
+            self.notify(move || own.forget_attributes());
+        }
+    }
+
     /// The device's name is gone: its own mount goes too; open files keep their connection.
     pub(crate) fn gone(self: &Arc<Self>, serial: u64) {
         let mut state = self.state();
@@ -331,7 +343,7 @@ impl Mounter {
         };
         let (fd, mount) = options.create()?;
         let connection = Connection::new(fd, &connection_config())?;
-        let through = Arc::new(Through::new(Some(&connection)));
+        let through = Arc::new(Through::own(&connection));
         let handler = OwnHandler {
             node: Arc::clone(node),
             through: Arc::clone(&through),

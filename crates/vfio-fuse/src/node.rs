@@ -2,6 +2,7 @@
 
 use crate::Owner;
 use crate::advice::Advice;
+use crate::announced::Announcers;
 use crate::caller::{FuseCaller, opener};
 use crate::files::{Files, note};
 use crate::identify::{IDENTIFY, is_ours};
@@ -14,11 +15,11 @@ use fuse_server::{
 };
 use rustix::io::Errno;
 use std::cell::RefCell;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use vfio_core::caller::FileObject;
-use vfio_core::device::{Device, WeakDevice};
+use vfio_core::device::{Device, DeviceFile, WeakDevice};
 use vfio_uapi::ioctl::FileKind;
 use vfio_uapi::private::{FEATURE, OPEN_DATA, OPEN_DEVICE, WHAT, What, kind};
 
@@ -32,6 +33,9 @@ pub(crate) struct Shared {
     pub(crate) mounter: Arc<Mounter>,
     pub(crate) config: vfio_core::Config,
     pub(crate) advice: Advice,
+    pub(crate) announcers: Announcers,
+    /// The open file of each group's node, by the node: a group is open once at a time.
+    pub(crate) open_groups: Mutex<HashMap<u64, u64>>,
     pub(crate) ioctl_deadline: Duration,
     pub(crate) passthrough: bool,
 }
@@ -40,6 +44,24 @@ impl Shared {
     /// True if a file system is one that this daemon serves: its files may be asked.
     pub(crate) fn is_our_mount(&self, dev: u64) -> bool {
         self.mount.get() == Some(&dev) || self.mounter.has_mount(dev)
+    }
+
+    pub(crate) fn open_groups(&self) -> MutexGuard<'_, HashMap<u64, u64>> {
+        self.open_groups
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The open file of a group whose node this is.
+    ///
+    /// It is the one that a descriptor of that node stands for, as long as that descriptor is open and
+    /// takes ioctls: a group is open once at a time, until the kernel has let go of that file.
+    pub(crate) fn open_group(&self, id: FileId) -> Option<FileObject> {
+        if self.mount.get() != Some(&id.dev) {
+            return None;
+        }
+        let fh = *self.open_groups().get(&id.ino)?;
+        self.files.get(fh)
     }
 
     /// What is served on the `dev` connection, as a scan of processes finds it.
@@ -62,6 +84,13 @@ pub(crate) struct Node {
     owner: Mutex<Owner>,
 }
 
+/// The node of a device's own connection.
+const ROOT: u64 = 1;
+/// How long the kernel may believe attributes where it is told of changes.
+const ATTRIBUTES: Duration = Duration::from_secs(1);
+/// An offset: no pages are meant (`fs/fuse/inode.c`, `fuse_reverse_inval_inode`).
+const ATTRIBUTES_ONLY: i64 = -1;
+
 /// A connection as a node needs it: backing ids belong to one.
 #[derive(Debug)]
 pub(crate) struct Through {
@@ -69,6 +98,9 @@ pub(crate) struct Through {
     /// The node as it is seen on this connection, once that is mounted.
     pub(crate) id: OnceLock<FileId>,
     pub(crate) backing: OnceLock<Option<BackingId>>,
+    /// How long the kernel may believe the node's attributes. On the `dev` connection, where chmod and
+    /// chown may be seen on the device's own, for no time.
+    lifetime: Duration,
     /// Open files on this connection.
     open: Mutex<HashSet<u64>>,
 }
@@ -79,7 +111,25 @@ impl Through {
             connection: connection.cloned(),
             id: OnceLock::new(),
             backing: OnceLock::new(),
+            lifetime: Duration::ZERO,
             open: Mutex::default(),
+        }
+    }
+
+    /// A connection of the device's own, which is told when the attributes change elsewhere.
+    pub(crate) fn own(connection: &Connection) -> Through {
+        Through {
+            lifetime: ATTRIBUTES,
+            ..Through::new(Some(connection))
+        }
+    }
+
+    /// The kernel forgets the attributes of the node on this, its own connection. Not for a thread that
+    /// serves.
+    pub(crate) fn forget_attributes(&self) {
+        if let Some(connection) = &self.connection {
+            // ENOENT: it has none.
+            let _ = connection.notify_inval_inode(ROOT, ATTRIBUTES_ONLY, 0);
         }
     }
 
@@ -117,7 +167,7 @@ impl Node {
 
     /// chmod and chown, as udev does them; `O_TRUNC` at open is nothing, ftruncate is `EINVAL`, as
     /// on a char device.
-    pub(crate) fn setattr(&self, attrs: &SetAttrs, ino: u64, reply: ReplyAttr) -> Answered {
+    fn setattr(&self, through: &Through, attrs: &SetAttrs, ino: u64, reply: ReplyAttr) -> Answered {
         if attrs.size.is_some() && attrs.fh.is_some() {
             return reply.error(Errno::INVAL);
         }
@@ -125,7 +175,17 @@ impl Node {
             let mut owner = self.owner.lock().unwrap_or_else(PoisonError::into_inner);
             change(&mut owner, attrs);
         }
-        reply.attr(&self.attr(ino))
+        if through.lifetime.is_zero() {
+            self.shared.mounter.changed(self.serial);
+        }
+        reply.attr(&self.attr_through(through, ino))
+    }
+
+    fn attr_through(&self, through: &Through, ino: u64) -> Attr {
+        Attr {
+            ttl: through.lifetime,
+            ..self.attr(ino)
+        }
     }
 
     pub(crate) fn open(&self, through: &Through, tid: u32, flags: u32, reply: ReplyOpen) {
@@ -133,15 +193,7 @@ impl Node {
             let _ = reply.error(Errno::INVAL);
             return;
         }
-        let file = match self
-            .device
-            .upgrade()
-            .ok_or(Errno::NODEV)
-            .and_then(|device| {
-                let file = device.open_cdev(opener(tid, through.id.get().copied()))?;
-                self.back(through, &device);
-                Ok(file)
-            }) {
+        let file = match self.new_file(through, tid, &reply) {
             Ok(file) => file,
             Err(errno) => {
                 note(&self.name, errno);
@@ -159,6 +211,31 @@ impl Node {
         if !reply.opened(&opened).is_delivered() {
             self.release(through, fh);
         }
+    }
+
+    fn new_file(
+        &self,
+        through: &Through,
+        tid: u32,
+        reply: &ReplyOpen,
+    ) -> Result<Arc<DeviceFile>, Errno> {
+        let device = self.device.upgrade().ok_or(Errno::NODEV)?;
+        let node = through.id.get().copied();
+        let Some(announced) = self.shared.announcers.of(tid) else {
+            let file = device.open_cdev(opener(tid, node))?;
+            self.back(through, &device);
+            return Ok(file);
+        };
+        let opener = announced.opener(node);
+        let file = device.open_cdev(opener.clone())?;
+        self.back(through, &device);
+        // A driver's `open` runs.
+        reply.set_deadline(Instant::now() + self.shared.ioctl_deadline, Errno::TIMEDOUT);
+        if let Err(errno) = announced.honour(&file, opener) {
+            file.release();
+            return Err(errno);
+        }
+        Ok(file)
     }
 
     /// Makes the backing of this connection's opens, at the first: all of them give the same.
@@ -294,8 +371,8 @@ impl Node {
                 self.release(through, fh);
                 reply.ok()
             }
-            Operation::Getattr { reply, .. } => reply.attr(&self.attr(ino)),
-            Operation::Setattr { attrs, reply } => self.setattr(&attrs, ino, reply),
+            Operation::Getattr { reply, .. } => reply.attr(&self.attr_through(through, ino)),
+            Operation::Setattr { attrs, reply } => self.setattr(through, &attrs, ino, reply),
             Operation::Flush { reply, .. } => reply.ok(),
             Operation::Fsync { reply, .. } => reply.error(Errno::INVAL),
             Operation::Statfs { reply } => reply.statfs(&fuse_server::Statfs::default()),

@@ -15,7 +15,7 @@ use vfio_core::container::Container;
 use vfio_core::group::Group;
 use vfio_core::iommufd::Iommufd;
 use vfio_uapi::ioctl::FileKind;
-use vfio_uapi::private::{FIND_DEVICE, WHAT, What, kind};
+use vfio_uapi::private::{ANNOUNCE, FIND_DEVICE, WHAT, What, kind};
 
 /// Major number of misc devices (`MISC_MAJOR`).
 const MISC_MAJOR: u32 = 10;
@@ -111,7 +111,11 @@ impl Plain {
                 }
             },
         };
+        let is_group = matches!(file, FileObject::Group(_));
         let fh = self.shared.files.insert(file);
+        if is_group {
+            self.shared.open_groups().insert(self.ino, fh);
+        }
         let opened = Opened {
             fh,
             flags: OpenFlags::DIRECT_IO | OpenFlags::NOFLUSH,
@@ -126,7 +130,13 @@ impl Plain {
         match self.shared.files.remove(fh) {
             Some(FileObject::Iommufd(context)) => context.close(),
             Some(FileObject::Container(container)) => container.close(),
-            Some(FileObject::Group(group)) => group.release(),
+            Some(FileObject::Group(group)) => {
+                // Before it can be opened again.
+                self.shared.open_groups().remove(&self.ino);
+                group.release();
+                drop(group);
+                self.shared.announcers.prune();
+            }
             _ => {}
         }
     }
@@ -144,6 +154,7 @@ impl Plain {
         let caller = FuseCaller::new(tid, &self.shared);
         let result = caller.and_then(|caller| match (&file, cmd) {
             (_, WHAT) => private::what(&caller, arg, self.what()),
+            (FileObject::Group(group), ANNOUNCE) => self.shared.announcers.add(group, &caller, arg),
             (FileObject::Group(group), FIND_DEVICE) => private::find_device(group, &caller, arg),
             (FileObject::Iommufd(context), _) => context.ioctl(cmd, arg, &caller),
             (FileObject::Container(container), _) => container.ioctl(cmd, arg, &caller),

@@ -42,8 +42,32 @@ pub const FEATURE: u32 = io(0xf3);
 /// daemon), `ESTALE` (it is another device's), `ENODEV` (the session has ended).
 pub const OPEN_DATA: u32 = io(0xf4);
 
+/// On a group file: where the calling thread will say, before it opens the node of a device, that the new file is to be one of this group.
+/// The argument is the address of an [`Announce`]. Returns a number that stands for the group file there.
+///
+/// It saves [`OPEN_DEVICE`] a request of its own: an open by this thread looks into the memory, and where an [`Announcement`] is
+/// [`ANNOUNCED`](announcement::ANNOUNCED), does what OPEN_DEVICE would do with the new file and then makes it
+/// [`HONOURED`](announcement::HONOURED). What cannot be done fails the open, with OPEN_DEVICE's errno, `ENODEV` in place of `ESTALE`, `EBADF`
+/// for a group file that is closed. A server that has forgotten the thread leaves it ANNOUNCED and opens a file that does nothing yet: then
+/// OPEN_DEVICE is to be used.
+///
+/// To have held the group file once is the right to announce for it as long as somebody has it open: who held it could have kept it.
+///
+/// `EFAULT`, `EINVAL` (`argsz` below 8, memory that is no memfd or cannot be written), `EBADF` (`memory_fd` is closed), `EOPNOTSUPP` where the
+/// kernel cannot hold a thread (before Linux 6.9).
+pub const ANNOUNCE: u32 = io(0xf5);
+
 /// Longest name of a device, its NUL included (`drivers/vfio/group.c`, `vfio_group_ioctl_get_device_fd`: `strndup_user(arg, PAGE_SIZE)`).
 pub const NAME_MAX: usize = 4096;
+
+/// `st_ino` of a node has these bits above the lowest 48, directories have not: so a file is known not to be a node without a look at mounts.
+/// One that has them need not be.
+pub const INODES: u64 = 0x7666 << 48;
+
+/// Whether a file with this `st_ino` may be a node.
+pub const fn may_be_node(ino: u64) -> bool {
+    ino >> 48 == INODES >> 48
+}
 
 /// What a node is: the answer to [`WHAT`].
 #[derive(
@@ -97,6 +121,46 @@ pub struct OpenDevice {
 }
 layout!(OpenDevice, size 24, min 24, { argsz 0, group_fd 4, client_pid 8, name_len 12, name_ptr 16 });
 
+/// The argument of [`ANNOUNCE`].
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
+)]
+#[repr(C)]
+pub struct Announce {
+    /// Bytes of this structure, at least 8.
+    pub argsz: u32,
+    /// Memory (memfd) in the caller's table that begins with an [`Announcement`]; the same for all groups.
+    pub memory_fd: i32,
+}
+layout!(Announce, size 8, min 8, { argsz 0, memory_fd 4 });
+
+/// What the next open by a thread is to be, in memory that it shares with the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct Announcement {
+    /// An [`announcement`] state.
+    pub state: u32,
+    /// What [`ANNOUNCE`] returned.
+    pub group: u32,
+    /// As in [`OpenDevice`].
+    pub client_pid: u32,
+    /// Bytes of the name, without a NUL; at most 64. Longer names are for [`OPEN_DEVICE`].
+    pub name_len: u32,
+    /// The name, as the client gave it.
+    pub name: [u8; 64],
+}
+layout!(Announcement, size 80, { state 0, group 4, client_pid 8, name_len 12, name 16 });
+
+/// States of an [`Announcement`].
+pub mod announcement {
+    /// Nothing is announced: opens are plain.
+    pub const NONE: u32 = 0;
+    /// The next open by this thread is meant.
+    pub const ANNOUNCED: u32 = 1;
+    /// Written by the server: the file that was opened is the announced one.
+    pub const HONOURED: u32 = 2;
+}
+
 /// The argument of [`OPEN_DATA`].
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
@@ -120,7 +184,7 @@ mod tests {
 
     #[test]
     fn no_word_is_one_of_the_kernels() {
-        for word in [WHAT, OPEN_DEVICE, FIND_DEVICE, FEATURE, OPEN_DATA] {
+        for word in [WHAT, OPEN_DEVICE, FIND_DEVICE, FEATURE, OPEN_DATA, ANNOUNCE] {
             assert_eq!(word >> 8, u32::from(b'V'));
             assert_ne!((word >> 8) as u8, crate::ioctl::TYPE);
         }

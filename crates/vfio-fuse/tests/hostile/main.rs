@@ -8,6 +8,7 @@
     reason = "one program in several files"
 )]
 
+mod announced;
 mod client;
 #[path = "../common/mod.rs"]
 mod common;

@@ -30,6 +30,7 @@ pub const IOAS_MAP_FILE: u32 = io(0x8f);
 pub const WHAT: u32 = 0x56f0;
 pub const OPEN_DEVICE: u32 = 0x56f1;
 pub const FIND_DEVICE: u32 = 0x56f2;
+pub const ANNOUNCE: u32 = 0x56f5;
 
 /// `VFIO_TYPE1v2_IOMMU`.
 pub const TYPE1_V2: u64 = 3;
