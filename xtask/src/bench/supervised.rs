@@ -46,11 +46,9 @@ pub(super) const ROWS: [Benchmark; 4] = [
         against: "a null supervisor that opens the file of a null FUSE server and adds it (ADDFD)",
         goal: Goal::AtMost(1.3),
         known_miss: Some(
-            "the null one opens a file by one path. Ours looks at the client's descriptor, copies it and a \
-             name, and opens the node by a path whose last name is looked up each time, since a device \
-             may go; then the daemon copies the supervisor's descriptor of the group, asks the group's \
-             file which one it is, on another of its threads, and notes who opens: four requests more, \
-             and three looks at /proc",
+            "1.24 to 1.32: as many requests as the null one has (one less: node attributes may be kept), but \
+             the client's descriptor is copied and looked at, the name is copied, and a session is opened \
+             and closed for whom `who` will name, each time",
         ),
         run: device_fd,
     },
@@ -59,9 +57,9 @@ pub(super) const ROWS: [Benchmark; 4] = [
         against: "a null supervisor that lets it through (CONTINUE)",
         goal: Goal::AtMost(1.3),
         known_miss: Some(
-            "whether a descriptor is one of ours is one more system call, a look through /proc (1.2 us \
-             beside 2.7): a copy of it (pidfd_getfd) costs as much, and its close would flush files of \
-             strangers",
+            "1.5 to 1.6: whether a descriptor is one of ours is one more system call, a look through /proc \
+             (0.9 us in a loop, more after a switch of processes, beside 2.7 in all). A copy of it \
+             (pidfd_getfd) costs less, but its close would flush files of strangers",
         ),
         run: fstat,
     },
@@ -77,8 +75,8 @@ pub(super) const ROWS: [Benchmark; 4] = [
         against: "the same without run, and 30 ns",
         goal: Goal::AtMost(1.0),
         known_miss: Some(
-            "of ioctl some words are trapped, so the filter runs: 26 to 45 ns with what the kernel does \
-             around it, of which four comparisons are ours",
+            "0.98 to 1.02 on a quiet machine: of ioctl some words are trapped, so the filter runs, which is 27 \
+             to 33 ns with what the kernel does around it, of which five comparisons are ours",
         ),
         run: |rounds| untrapped(rounds, "other-ioctl"),
     },

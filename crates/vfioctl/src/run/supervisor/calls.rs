@@ -2,15 +2,15 @@
 
 use super::kvm::{KVM_CREATE_DEVICE, KVM_HAS_DEVICE_ATTR, KVM_SET_DEVICE_ATTR, Kvm, Outcome};
 use super::nodes::Nodes;
+use super::opening::Note;
 use super::path::{Walk, may_be_ours};
 use super::pool::Handler;
-use super::sys::{self, Stat, Statx};
+use super::sys::{Stat, Statx};
 use super::task::{FileId, Tables, string};
 use client_process::Caller;
 use rustix::fd::AsFd;
 use rustix::io::Errno;
 use seccomp_notify::{Filter, Listener, Notification};
-use std::ffi::CString;
 use std::sync::Arc;
 use vfio_uapi::ioctl::{VFIO_DEVICE_FEATURE, VFIO_GROUP_GET_DEVICE_FD};
 
@@ -55,26 +55,33 @@ struct StatCall {
     statx: Option<u32>,
 }
 
-/// How often a device is looked for whose name means another each time.
-const TRIES: usize = 8;
+/// What a thread of ours keeps from call to call.
+#[derive(Default)]
+pub(super) struct Thread {
+    pub(super) tables: Tables,
+    pub(super) note: Note,
+}
 
 impl Handler for Supervisor {
-    type Memory = Tables;
+    type Memory = Thread;
 
     /// Descriptors that are not ours. The caller's memory is not looked at: a page of it can be one
     /// that somebody has yet to bring (userfaultfd, a mapping of a FUSE file).
-    fn quick(&self, call: &Notification, tables: &mut Tables) -> bool {
+    fn quick(&self, call: &Notification, thread: &mut Thread) -> bool {
         let about = match StatCall::of(call) {
             Some(StatCall { path: Some(_), .. }) => return false,
             Some(stat) => stat.dirfd,
             None => match word(call, 1) {
+                VFIO_GROUP_GET_DEVICE_FD if thread.tables.was_group(call.tid, descriptor(call)) => {
+                    return false;
+                }
                 VFIO_GROUP_GET_DEVICE_FD | VFIO_DEVICE_FEATURE => descriptor(call),
                 // These are rare, and about files that are no files of ours.
                 _ => return false,
             },
         };
-        let id = tables.file_id(call.tid, about);
-        if id.is_ok_and(|FileId { dev, .. }| self.nodes.is_ours(dev)) {
+        let id = thread.tables.file_id(call.tid, about);
+        if id.is_ok_and(|id| self.nodes.is_node(id)) {
             return false;
         }
         // If nobody waits for the answer any more, that is that.
@@ -82,13 +89,17 @@ impl Handler for Supervisor {
         true
     }
 
-    fn slow(&self, call: &Notification) {
-        let _ = match self.answer(call) {
+    fn slow(&self, call: &Notification, thread: &mut Thread) {
+        let _ = match self.answer(call, thread) {
             Ok(Outcome::Result(value)) => self.listener.result(call.id, value),
             Ok(Outcome::Answered) => Ok(()),
             Ok(Outcome::LetThrough) => self.listener.let_through(call.id),
             Err(errno) => self.listener.error(call.id, errno),
         };
+    }
+
+    fn idle(&self) {
+        self.nodes.let_go();
     }
 }
 
@@ -102,7 +113,7 @@ impl Supervisor {
         }
     }
 
-    fn answer(&self, call: &Notification) -> Result<Outcome, Errno> {
+    fn answer(&self, call: &Notification, thread: &mut Thread) -> Result<Outcome, Errno> {
         let caller = Caller::new(call.tid)?;
         if let Some(stat) = StatCall::of(call) {
             // Whatever goes wrong on the way, the kernel's own answer is right.
@@ -113,7 +124,7 @@ impl Supervisor {
             return Ok(Outcome::Result(0));
         }
         match word(call, 1) {
-            VFIO_GROUP_GET_DEVICE_FD => self.get_device_fd(caller, call),
+            VFIO_GROUP_GET_DEVICE_FD => self.get_device_fd(caller, call, thread),
             VFIO_DEVICE_FEATURE => self.feature(caller, call),
             KVM_CREATE_DEVICE => self.kvm.create(self, caller, call),
             _ => self.kvm.attribute(self, caller, call),
@@ -162,8 +173,7 @@ impl Supervisor {
             }
             Err(errno) => return Err(errno),
         };
-        let ours = self.nodes.is_ours(FileId::at(&file, "")?.dev);
-        if !ours || is_directory(&file)? {
+        if !self.nodes.is_node(FileId::at(&file, "")?) {
             return Err(Errno::NOTTY);
         }
         let rdev = if open {
@@ -184,57 +194,6 @@ impl Supervisor {
         self.check(call)?;
         Ok(answer)
     }
-
-    /// VFIO_GROUP_GET_DEVICE_FD on a group of ours: the device's node is opened here, made a file of
-    /// the group, and given to the client.
-    fn get_device_fd(&self, caller: Caller, call: &Notification) -> Result<Outcome, Errno> {
-        let group = match self.nodes.get(caller, descriptor(call)) {
-            Ok(group) => group,
-            // Another file by now.
-            Err(Errno::NOTTY) => return Ok(Outcome::LetThrough),
-            Err(errno) => return Err(errno),
-        };
-        let [_, _, name, ..] = call.args;
-        let name = string(caller, name).map_err(|errno| match errno {
-            // `strndup_user` of `VFIO_GROUP_GET_DEVICE_FD`.
-            Errno::NAMETOOLONG => Errno::INVAL,
-            other => other,
-        })?;
-        let name = CString::new(name).map_err(|_| Errno::INVAL)?;
-        // The daemon finds its process itself.
-        let client = call.tid.cast_unsigned();
-        self.check(call)?;
-        let mut guess = self.nodes.guess(&name);
-        for _ in 0..TRIES {
-            let guessed = guess.is_some();
-            let index = match guess.take() {
-                Some(index) => index,
-                None => sys::find_device(group.as_fd(), &name)?,
-            };
-            let opened = self.nodes.open_device(index).and_then(|device| {
-                sys::open_device(device.as_fd(), group.as_fd(), client, &name).map(|()| device)
-            });
-            let device = match opened {
-                Ok(device) => device,
-                // A wrong guess, or it went meanwhile and the name may mean another.
-                Err(_) if guessed => continue,
-                Err(Errno::NOENT | Errno::NODEV | Errno::NXIO | Errno::STALE) => continue,
-                Err(errno) => return Err(errno),
-            };
-            self.nodes.remember(&name, index);
-            // Answered with it. If not, the file is closed here and nobody has it.
-            self.listener.result_fd(call.id, &device, true)?;
-            return Ok(Outcome::Answered);
-        }
-        Err(Errno::NODEV)
-    }
-}
-
-fn is_directory(file: impl AsFd) -> Result<bool, Errno> {
-    use rustix::fs::{AtFlags, FileType, StatxFlags, statx};
-    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::EMPTY_PATH;
-    let stat = statx(file, "", flags, StatxFlags::TYPE)?;
-    Ok(FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory)
 }
 
 /// An argument that is an int.

@@ -202,7 +202,7 @@ mod tests {
         assert_eq!(attribute(has, KVM_DEV_VFIO_FILE, 1, 0), Ok(0));
         assert_eq!(attribute(has, KVM_DEV_VFIO_FILE, 3, 0), Err(Errno::NXIO));
         assert_eq!(attribute(has, 2, 1, 0), Err(Errno::NXIO));
-        // `other` is on a file system that counts as ours here, standard input is not.
+        // `other` counts as ours here, standard input does not.
         for (number, result) in [
             (other, Ok(0)),
             (0, Err(Errno::INVAL)),
@@ -224,10 +224,9 @@ mod tests {
         };
         let anywhere = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(anywhere.path().join("vfio/devices")).unwrap();
-        let nodes = nodes::Nodes::new(anywhere.path(), anywhere.path()).unwrap();
+        let mut nodes = nodes::Nodes::new(anywhere.path(), anywhere.path()).unwrap();
         let file = rustix::fs::memfd_create("ours", MemfdFlags::CLOEXEC).unwrap();
-        let id = super::super::task::FileId::at(&file, "").unwrap();
-        nodes.adopt(id.dev);
+        nodes.adopted = Some(super::super::task::FileId::at(&file, "").unwrap());
         let (sender, receiver) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
             let installed = super::super::calls::filter().install().unwrap();
@@ -245,7 +244,7 @@ mod tests {
         };
         loop {
             match listener.recv() {
-                Ok(call) => supervisor.slow(&call),
+                Ok(call) => supervisor.slow(&call, &mut super::super::calls::Thread::default()),
                 Err(Errno::NOENT) if thread.is_finished() => break,
                 Err(Errno::NOENT | Errno::INTR) => {}
                 Err(errno) => panic!("{errno}"),

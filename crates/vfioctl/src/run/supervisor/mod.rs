@@ -16,6 +16,7 @@ mod calls;
 mod kvm;
 mod migration;
 mod nodes;
+mod opening;
 mod path;
 mod pool;
 mod sys;

@@ -7,12 +7,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{CWD, Dev, Mode, OFlags, makedev, open, openat};
 use rustix::io::Errno;
+use rustix::path::DecInt;
 use std::collections::{HashMap, HashSet};
 use std::ffi::{CStr, CString, OsStr};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
-use vfio_uapi::private::kind;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vfio_uapi::private::{kind, may_be_node};
 
 /// What vfiod's mounts say in mountinfo.
 const FUSE_TYPE: &str = "fuse.vfiod";
@@ -25,8 +26,18 @@ pub(super) struct Nodes {
     dev: PathBuf,
     sys: PathBuf,
     mounts: Mutex<Mounts>,
+    /// The file system of the `dev` tree.
+    tree: Dev,
     /// Which device a name meant the last time. OPEN_DEVICE refuses one that it does not mean.
     found: Mutex<HashMap<CString, u32>>,
+    /// Nodes of devices, opened with O_PATH on the devices' own connections: no name has to be looked up
+    /// there. Only while there is much to do: they keep a connection from its end.
+    kept: Mutex<HashMap<u32, Arc<OwnedFd>>>,
+    /// `/proc/self/fd`, where they are opened again.
+    own: OwnedFd,
+    /// A file that counts as a node without being one.
+    #[cfg(test)]
+    pub(super) adopted: Option<FileId>,
 }
 
 struct Mounts {
@@ -48,26 +59,44 @@ impl Nodes {
             OFlags::RDONLY | OFlags::CLOEXEC,
             Mode::empty(),
         )?;
-        let ours = HashSet::from([FileId::at(&devices, "")?.dev]);
+        let tree = FileId::at(&devices, "")?.dev;
+        let ours = HashSet::from([tree]);
         let nodes = Nodes {
             devices,
             dev: dev.to_owned(),
             sys: sys.to_owned(),
             mounts: Mutex::new(Mounts { table, ours }),
+            tree,
             found: Mutex::default(),
+            kept: Mutex::default(),
+            own: open(
+                "/proc/self/fd",
+                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+                Mode::empty(),
+            )?,
+            #[cfg(test)]
+            adopted: None,
         };
         nodes.lock().read(&nodes.dev)?;
         Ok(nodes)
     }
 
-    /// Makes a file system count as ours that no mountinfo lists.
-    #[cfg(test)]
-    pub(super) fn adopt(&self, dev: Dev) {
-        self.lock().ours.insert(dev);
+    fn lock(&self) -> MutexGuard<'_, Mounts> {
+        self.mounts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Mounts> {
-        self.mounts.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Whether a file system is the `dev` tree, where groups are.
+    pub(super) fn is_tree(&self, dev: Dev) -> bool {
+        dev == self.tree
+    }
+
+    /// Whether a file is one of ours. Asks no server.
+    pub(super) fn is_node(&self, file: FileId) -> bool {
+        #[cfg(test)]
+        if self.adopted == Some(file) {
+            return true;
+        }
+        may_be_node(file.ino) && self.is_ours(file.dev)
     }
 
     /// Whether a file system is one of ours. Asks no server.
@@ -89,7 +118,7 @@ impl Nodes {
     pub(super) fn get(&self, caller: Caller, fd: i32) -> Result<OwnedFd, Errno> {
         let file = caller.get_fd(fd)?;
         // The number may have another file by now.
-        if self.is_ours(FileId::at(&file, "")?.dev) {
+        if self.is_node(FileId::at(&file, "")?) {
             Ok(file)
         } else {
             Err(Errno::NOTTY)
@@ -106,6 +135,52 @@ impl Nodes {
     pub(super) fn guess(&self, name: &CStr) -> Option<u32> {
         let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         found.get(name).copied()
+    }
+
+    /// Opens the node of a device that was opened before.
+    pub(super) fn open_again(&self, index: u32) -> Result<OwnedFd, Errno> {
+        let kept = self.kept().get(&index).map(Arc::clone);
+        let Some(kept) = kept else {
+            let device = self.open_device(index)?;
+            self.keep(index, device.as_fd());
+            return Ok(device);
+        };
+        let opened = self.reopen(kept.as_fd(), OFlags::RDWR);
+        if opened.is_err() {
+            self.kept().remove(&index);
+        }
+        opened
+    }
+
+    /// Keeps the node of a device that is open, if it is on the device's own connection: the other node
+    /// is where the daemon makes that connection when it is opened.
+    fn keep(&self, index: u32, device: BorrowedFd<'_>) {
+        if FileId::at(device, "").is_ok_and(|id| id.dev != self.tree)
+            && let Ok(node) = self.reopen(device, OFlags::PATH)
+        {
+            self.kept().insert(index, Arc::new(node));
+        }
+    }
+
+    /// Opens the file again that a descriptor of ours is of.
+    fn reopen(&self, fd: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd, Errno> {
+        let name = DecInt::from_fd(fd);
+        openat(
+            &self.own,
+            name.as_c_str(),
+            flags | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+    }
+
+    fn kept(&self) -> MutexGuard<'_, HashMap<u32, Arc<OwnedFd>>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nothing has been opened for a while.
+    pub(super) fn let_go(&self) {
+        let kept = std::mem::take(&mut *self.kept());
+        drop(kept);
     }
 
     /// Notes what a name meant.

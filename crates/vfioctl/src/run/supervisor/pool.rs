@@ -32,7 +32,10 @@ pub(super) trait Handler: Send + Sync + 'static {
     fn quick(&self, call: &Notification, memory: &mut Self::Memory) -> bool;
 
     /// Answers the call.
-    fn slow(&self, call: &Notification);
+    fn slow(&self, call: &Notification, memory: &mut Self::Memory);
+
+    /// There has been no slow call for a while.
+    fn idle(&self);
 }
 
 /// The threads, and what they have between them.
@@ -121,6 +124,8 @@ impl<H: Handler> Pool<H> {
         if !state.busy {
             state.ticking = false;
             self.set_clock(Timespec::default());
+            drop(state);
+            self.handler.idle();
             return;
         }
         let number = state.leader.wrapping_add(1);
@@ -140,7 +145,8 @@ impl<H: Handler> Pool<H> {
                 Err(Errno::NOENT | Errno::INTR) if !self.hung_up() => continue,
                 Err(_) => return,
             };
-            if !self.handler.quick(&call, &mut memory) && !self.take_time(number, call) {
+            if !self.handler.quick(&call, &mut memory) && !self.take_time(number, call, &mut memory)
+            {
                 return;
             }
         }
@@ -156,7 +162,7 @@ impl<H: Handler> Pool<H> {
     }
 
     /// Answers a call that may take long. False if meanwhile another thread became the leader.
-    fn take_time(&self, number: u64, call: Notification) -> bool {
+    fn take_time(&self, number: u64, call: Notification, memory: &mut H::Memory) -> bool {
         let mut state = self.state();
         if state.slow >= SLOW {
             state.waiting.push_back(call);
@@ -169,7 +175,7 @@ impl<H: Handler> Pool<H> {
             self.set_clock(TICK);
         }
         drop(state);
-        self.handler.slow(&call);
+        self.handler.slow(&call, memory);
         let mut state = self.state();
         while state.leader != number {
             let Some(call) = state.waiting.pop_front() else {
@@ -177,7 +183,7 @@ impl<H: Handler> Pool<H> {
                 return false;
             };
             drop(state);
-            self.handler.slow(&call);
+            self.handler.slow(&call, memory);
             state = self.state();
         }
         state.busy = false;

@@ -8,7 +8,8 @@ use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use rustix::io::Errno;
 use std::mem::MaybeUninit;
 use vfio_uapi::private::{
-    FEATURE, FIND_DEVICE, OPEN_DATA, OPEN_DEVICE, OpenData, OpenDevice, WHAT, What,
+    ANNOUNCE, Announce, FEATURE, FIND_DEVICE, OPEN_DATA, OPEN_DEVICE, OpenData, OpenDevice, WHAT,
+    What,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -55,6 +56,17 @@ pub(super) fn open_device(
     // SAFETY: the command reads the structure, and `name_len` bytes at `name_ptr`; both live on.
     let done = unsafe { libc::ioctl(device.as_raw_fd(), OPEN_DEVICE.into(), &raw const open) };
     result(done).map(drop)
+}
+
+/// Lets the daemon look into `memory` when this thread opens a device's node. Returns the daemon's number
+/// for the group.
+pub(super) fn announce(group: BorrowedFd<'_>, memory: BorrowedFd<'_>) -> Result<u32, Errno> {
+    let announce = Announce {
+        argsz: u32::try_from(size_of::<Announce>()).unwrap_or(0),
+        memory_fd: memory.as_raw_fd(),
+    };
+    // SAFETY: the command reads the structure.
+    result(unsafe { libc::ioctl(group.as_raw_fd(), ANNOUNCE.into(), &raw const announce) })
 }
 
 /// `VFIO_DEVICE_FEATURE` for a client that can be given descriptors, for features with at most 8 bytes

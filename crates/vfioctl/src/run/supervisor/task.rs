@@ -1,9 +1,10 @@
 //! The calling thread's descriptors and memory.
 
-use client_process::Caller;
+use client_process::{Caller, Thread};
 use rustix::fd::OwnedFd;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, openat, statx};
 use rustix::io::Errno;
+use rustix::path::{Arg, DecInt};
 use std::collections::HashMap;
 
 /// Longest path of the kernel, its NUL included.
@@ -19,7 +20,7 @@ pub(super) struct FileId {
 impl FileId {
     /// Of `name` below `dir`, following links, or of `dir` itself if it is empty. Asks no file system's
     /// server.
-    pub(super) fn at(dir: impl rustix::fd::AsFd, name: &str) -> Result<FileId, Errno> {
+    pub(super) fn at(dir: impl rustix::fd::AsFd, name: impl Arg) -> Result<FileId, Errno> {
         let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT | AtFlags::EMPTY_PATH;
         let stat = statx(dir, name, flags, StatxFlags::INO)?;
         Ok(FileId {
@@ -29,12 +30,21 @@ impl FileId {
     }
 }
 
-/// Directories `/proc/TID/fd` of threads that called lately, for one thread of ours.
+/// Descriptor tables of threads that called lately, for one thread of ours.
 ///
-/// A look at a descriptor through its link there makes no copy of it, whose close would ask the server
-/// of a stranger's file (FLUSH).
+/// A look at a descriptor through its link in `/proc/TID/fd` makes no copy of it, whose close would ask
+/// the server of a stranger's file (FLUSH).
 #[derive(Default)]
-pub(super) struct Tables(HashMap<i32, OwnedFd>);
+pub(super) struct Tables(HashMap<i32, Table>);
+
+struct Table {
+    /// `/proc/TID/fd`.
+    dir: OwnedFd,
+    /// `None` before Linux 6.9.
+    thread: Option<Thread>,
+    /// The descriptor that was a group of ours the last time.
+    group: Option<i32>,
+}
 
 impl Tables {
     const KEPT: usize = 64;
@@ -44,10 +54,9 @@ impl Tables {
         if fd < 0 {
             return Err(Errno::NOENT);
         }
-        let mut digits = [0; 11];
-        let name = decimal(fd.cast_unsigned(), &mut digits);
+        let name = DecInt::new(fd);
         if let Some(table) = self.0.get(&tid) {
-            let id = FileId::at(table, name);
+            let id = FileId::at(&table.dir, name.as_c_str());
             if id.is_ok() {
                 return id;
             }
@@ -55,33 +64,51 @@ impl Tables {
             self.0.remove(&tid);
         }
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let table = openat(CWD, format!("/proc/{tid}/fd"), flags, Mode::empty())?;
-        let id = FileId::at(&table, name);
+        let dir = openat(CWD, format!("/proc/{tid}/fd"), flags, Mode::empty())?;
+        let id = FileId::at(&dir, name.as_c_str());
         if self.0.len() >= Self::KEPT {
             self.0.clear();
         }
+        let table = Table {
+            dir,
+            thread: None,
+            group: None,
+        };
         self.0.insert(tid, table);
         id
     }
-}
 
-/// A number as text, without memory of its own.
-fn decimal(mut number: u32, digits: &mut [u8; 11]) -> &str {
-    let mut at = digits.len();
-    loop {
-        at = at.saturating_sub(1);
-        if let Some(digit) = digits.get_mut(at) {
-            *digit = b'0' + u8::try_from(number % 10).unwrap_or(0);
-        }
-        number /= 10;
-        if number == 0 {
-            break;
+    /// Notes that a thread's descriptor is a group of ours.
+    pub(super) fn note_group(&mut self, caller: Caller, fd: i32) {
+        if let Some(table) = self.0.get_mut(&caller.tid().as_raw_nonzero().get()) {
+            table.group = Some(fd);
+            if table.thread.is_none() {
+                table.thread = caller.hold().ok();
+            }
         }
     }
-    digits
-        .get(at..)
-        .and_then(|digits| std::str::from_utf8(digits).ok())
-        .unwrap_or("0")
+
+    /// Whether a thread's descriptor was a group of ours the last time.
+    pub(super) fn was_group(&self, tid: i32, fd: i32) -> bool {
+        self.0
+            .get(&tid)
+            .is_some_and(|table| table.group == Some(fd))
+    }
+
+    /// A copy of what was a group of ours the last time, unless the thread is another: it may be any
+    /// file by now.
+    pub(super) fn group_again(&mut self, tid: i32, fd: i32) -> Option<OwnedFd> {
+        let table = self.0.get_mut(&tid)?;
+        // It is noted again when it proves to be one.
+        if table.group.take() != Some(fd) {
+            return None;
+        }
+        let copy = table.thread.as_ref()?.get_fd(fd);
+        if copy.is_err() {
+            table.thread = None;
+        }
+        copy.ok()
+    }
 }
 
 /// Copies a string from the caller, without its NUL.
@@ -115,13 +142,6 @@ pub(super) fn string(caller: Caller, addr: u64) -> Result<Vec<u8>, Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn numbers_are_written_as_format_writes_them() {
-        for number in [0, 7, 10, 4_294_967_295, 1024] {
-            assert_eq!(decimal(number, &mut [0; 11]), number.to_string());
-        }
-    }
 
     #[test]
     fn strings_end_within_a_page_or_not_at_all() {
