@@ -5,6 +5,8 @@
 //! the client is a thread that makes the same calls.
 
 mod client;
+mod events;
+mod host;
 mod picture;
 mod place;
 mod reach;
@@ -13,31 +15,25 @@ mod sys;
 
 use crate::devices::{Look, Requests};
 use anyhow::{Context as _, bail};
-use client::{Link, MARK, Part};
+use client::{Link, Part};
+use events::{Tally, watch};
+use host::{Client, Removal, done, ended, wait_until, write};
 use place::{Place, Privacy};
-use reach::{Reach, Us};
-use say::{Teller, Who, count};
-use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
+use reach::Reach;
+use say::{Teller, Who, count, since};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 use vfio_core::device::Policy;
-use vfio_core::event::{Notice, Subscription, What};
-use vfio_core::model::{BusDevice, Outcome, mdev};
+use vfio_core::event::Subscription;
+use vfio_core::model::{BusDevice, mdev};
 use vfio_core::{Config, Core};
 use vfio_drivers::{mdpy, mtty};
 
 /// How often the demo's devices ask their users to leave; the kernel's ten seconds are long for
 /// an audience.
 const EVERY: Duration = Duration::from_millis(400);
-
-/// Nothing here takes longer.
-const LIMIT: Duration = Duration::from_secs(30);
 
 /// What the demo can be told, all of it for its own use and for its tests.
 #[derive(Debug, clap::Args)]
@@ -86,13 +82,6 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-/// How many devices there have been.
-#[derive(Debug, Default)]
-struct Tally {
-    allocated: AtomicU32,
-    released: AtomicU32,
-}
-
 struct Demo {
     teller: Arc<Teller>,
     core: Core,
@@ -133,7 +122,7 @@ impl Demo {
                             "regions trap: only the machine's root may back a FUSE file for native mapping"
                                 .into(),
                         );
-                    } else if !kernel_has_passthrough() {
+                    } else if !place::kernel_has_passthrough() {
                         limits.push(
                             "regions trap: this kernel has no FUSE passthrough (Linux 6.9)".into(),
                         );
@@ -422,231 +411,8 @@ impl Demo {
     }
 }
 
-/// A removal under way.
-enum Removal {
-    Writer(Child),
-    Call(Outcome),
-}
-
-impl Removal {
-    fn wait(self) -> anyhow::Result<()> {
-        match self {
-            Removal::Writer(mut writer) => ended(&mut writer, "the write"),
-            Removal::Call(outcome) => done(outcome),
-        }
-    }
-}
-
-/// Writes to a file of our own mount as anybody would: from a process of its own. A thread of
-/// this one could keep it from ending, were it stopped in the middle.
-fn write(file: &Path, text: &str) -> anyhow::Result<Child> {
-    Command::new("/bin/sh")
-        .args(["-c", "printf %s \"$1\" > \"$0\""])
-        .arg(file)
-        .arg(text)
-        .stdin(Stdio::null())
-        .spawn()
-        .context("starting a shell")
-}
-
-fn ended(child: &mut Child, what: &str) -> anyhow::Result<()> {
-    let status = child.wait()?;
-    if !status.success() {
-        bail!("{what} failed: {status}");
-    }
-    Ok(())
-}
-
-fn done(outcome: Outcome) -> anyhow::Result<()> {
-    Ok(outcome.wait_for(LIMIT).context("it did not end")??)
-}
-
-/// The client as the host has it: lines to read, and whoever writes them.
-struct Client {
-    teller: Arc<Teller>,
-    lines: BufReader<Box<dyn std::io::Read + Send>>,
-    input: Box<dyn Write + Send>,
-    body: Body,
-}
-
-enum Body {
-    Process(Child),
-    Thread(Option<JoinHandle<anyhow::Result<()>>>),
-}
-
-impl Client {
-    fn process(teller: &Arc<Teller>, part: Part, name: &str, dev: &Path) -> anyhow::Result<Client> {
-        let part = clap::ValueEnum::to_possible_value(&part).context("no such part")?;
-        let mut child = Command::new(std::env::current_exe().context("where this program is")?)
-            .args([
-                "demo",
-                "--client",
-                part.get_name(),
-                "--device",
-                name,
-                "--nodes",
-            ])
-            .arg(dev)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("starting the client")?;
-        let lines = child.stdout.take().context("no output")?;
-        let input = child.stdin.take().context("no input")?;
-        teller.line(
-            Who::Host,
-            &format!("a client is started, pid {}", child.id()),
-        )?;
-        Ok(Client {
-            teller: Arc::clone(teller),
-            lines: BufReader::new(Box::new(lines)),
-            input: Box::new(input),
-            body: Body::Process(child),
-        })
-    }
-
-    fn thread(teller: &Arc<Teller>, part: Part, name: &str, core: &Core) -> anyhow::Result<Client> {
-        let (ours, theirs) = UnixStream::pair()?;
-        let reach = Reach::Inside(core.clone(), Arc::new(Us::default()));
-        let mut link = Link::new(theirs.try_clone()?, theirs);
-        let name = name.to_owned();
-        let thread = std::thread::Builder::new()
-            .name("client".into())
-            .spawn(move || client::play(part, &reach, &name, &mut link))?;
-        teller.line(Who::Host, "a client is started, as a thread")?;
-        Ok(Client {
-            teller: Arc::clone(teller),
-            lines: BufReader::new(Box::new(ours.try_clone()?)),
-            input: Box::new(ours),
-            body: Body::Thread(Some(thread)),
-        })
-    }
-
-    fn until(&mut self, point: &str) -> anyhow::Result<()> {
-        self.until_one_of(&[point]).map(drop)
-    }
-
-    /// Passes on what the client says until it reaches a point.
-    fn until_one_of(&mut self, points: &[&str]) -> anyhow::Result<String> {
-        loop {
-            let mut line = String::new();
-            if self.lines.read_line(&mut line)? == 0 {
-                self.end()?;
-                bail!("the client ended before {}", points.join(" or "));
-            }
-            let line = line.trim_end();
-            match line.strip_prefix(MARK) {
-                Some(mark) if points.contains(&mark) => return Ok(mark.to_owned()),
-                Some(_) => {}
-                None => self.teller.line(Who::Client, line)?,
-            }
-        }
-    }
-
-    fn go_on(&mut self) -> anyhow::Result<()> {
-        writeln!(self.input, "go")?;
-        Ok(self.input.flush()?)
-    }
-
-    /// Waits for its end; an error of the client's is one of the demo's.
-    fn end(&mut self) -> anyhow::Result<()> {
-        match &mut self.body {
-            Body::Process(child) => ended(child, "the client"),
-            Body::Thread(thread) => match thread.take() {
-                Some(thread) => thread.join().ok().context("the client panicked")?,
-                None => Ok(()),
-            },
-        }
-    }
-}
-
-impl Drop for Client {
-    fn drop(&mut self) {
-        if let Body::Process(child) = &mut self.body {
-            // After a failure: nothing is left behind.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-/// Tells of life-cycle steps as they happen, and counts.
-fn watch(
-    teller: &Arc<Teller>,
-    tally: &Arc<Tally>,
-) -> impl Fn(&Notice) + Send + Sync + 'static + use<> {
-    let (teller, tally) = (Arc::clone(teller), Arc::clone(tally));
-    let drivers: Mutex<BTreeMap<u32, String>> = Mutex::default();
-    move |notice| {
-        let Notice::Event(event) = notice else { return };
-        let text = match &event.what {
-            What::Allocated => {
-                tally.allocated.fetch_add(1, Ordering::AcqRel);
-                let mut drivers = drivers.lock().unwrap_or_else(PoisonError::into_inner);
-                drivers.insert(event.index, event.parent.clone());
-                "init ran; it has the lowest free number, and nobody sees it".to_owned()
-            }
-            What::Registered => "registered: in sysfs, in a group, with a node".to_owned(),
-            What::Opened => "opened: one user more".to_owned(),
-            What::Bound => "first open: the driver's open ran".to_owned(),
-            What::Unbound => "last close: the driver's close ran".to_owned(),
-            What::Closed => "closed: one user less".to_owned(),
-            What::Unregistering { users } => format!(
-                "unregistering: its names are gone, {} to wait for",
-                count(*users as usize, "user")
-            ),
-            What::Requested { count } => format!("request({count}): the user is asked to let go"),
-            What::Disassociated => "its users are cut off".to_owned(),
-            What::Unregistered => "unregistered".to_owned(),
-            What::Released => {
-                tally.released.fetch_add(1, Ordering::AcqRel);
-                "released: the driver's state is dropped, the number is free".to_owned()
-            }
-            _ => return,
-        };
-        // Standard output may be gone; then nobody listens anyway.
-        let _ = teller.line(Who::Core, &format!("{}: {text}", event.device));
-    }
-}
-
-/// How long ago that was.
-fn since(micros: u64) -> String {
-    let then = SystemTime::UNIX_EPOCH + Duration::from_micros(micros);
-    SystemTime::now()
-        .duration_since(then)
-        .map_or(String::new(), |ago| {
-            format!(", for {:.1} s", ago.as_secs_f64())
-        })
-}
-
-fn wait_until(what: &str, f: impl Fn() -> bool) -> anyhow::Result<()> {
-    let end = Instant::now() + LIMIT;
-    while !f() {
-        if Instant::now() > end {
-            bail!("{what} did not come");
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    Ok(())
-}
-
 fn descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count)
-}
-
-/// Linux 6.9 and newer.
-fn kernel_has_passthrough() -> bool {
-    let release = rustix::system::uname()
-        .release()
-        .to_string_lossy()
-        .into_owned();
-    let mut numbers = release
-        .split(|c: char| !c.is_ascii_digit())
-        .map(str::parse::<u32>);
-    match (numbers.next(), numbers.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= (6, 9),
-        _ => true,
-    }
 }
 
 /// Ctrl-C and SIGTERM leave nothing behind either.

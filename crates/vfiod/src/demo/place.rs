@@ -53,6 +53,21 @@ fn is_initial_user_namespace() -> bool {
     rustix::fs::stat("/proc/self/ns/user").is_ok_and(|stat| stat.st_ino == PROC_USER_INIT_INO)
 }
 
+/// Linux 6.9 and newer.
+pub(super) fn kernel_has_passthrough() -> bool {
+    let release = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(str::parse::<u32>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= (6, 9),
+        _ => true,
+    }
+}
+
 fn user_namespace() -> Result<Privacy, String> {
     let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
     sys::unshare(UnshareFlags::NEWUSER | UnshareFlags::NEWNS).map_err(|errno| {

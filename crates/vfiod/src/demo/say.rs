@@ -1,7 +1,7 @@
 //! What the audience sees: lines on standard output, with colour and time on a terminal.
 
 use std::io::{self, IsTerminal, Write};
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime};
 
 /// Writes the story.
 #[derive(Debug)]
@@ -99,4 +99,14 @@ fn clean(text: &str) -> String {
 pub(super) fn count(n: usize, what: &str) -> String {
     let s = if n == 1 { "" } else { "s" };
     format!("{n} {what}{s}")
+}
+
+/// How long ago that was.
+pub(super) fn since(micros: u64) -> String {
+    let then = SystemTime::UNIX_EPOCH + Duration::from_micros(micros);
+    SystemTime::now()
+        .duration_since(then)
+        .map_or(String::new(), |ago| {
+            format!(", for {:.1} s", ago.as_secs_f64())
+        })
 }
