@@ -145,15 +145,7 @@ impl DetachedMount {
             path,
             MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
         )?;
-        let mount = Mount {
-            path: path.to_owned(),
-            id: mount_id(self.mount.as_fd()),
-            attached: true,
-        };
-        if self.shared {
-            rustix::mount::mount_change(path, MountPropagationFlags::SHARED)?;
-        }
-        Ok(mount)
+        self.attached(path)
     }
 
     /// Attaches the mount on top of the file that `place` (an `O_PATH` descriptor) refers to; nothing is walked. `path` is what
@@ -165,6 +157,10 @@ impl DetachedMount {
         let flags =
             MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
         rustix::mount::move_mount(self.mount.as_fd(), "", place, "", flags)?;
+        self.attached(path)
+    }
+
+    fn attached(self, path: &Path) -> Result<Mount, Errno> {
         let mount = Mount {
             path: path.to_owned(),
             id: mount_id(self.mount.as_fd()),

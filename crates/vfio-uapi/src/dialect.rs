@@ -44,6 +44,7 @@ pub mod vfio {
     use zerocopy::{FromBytes, Immutable, IntoBytes};
 
     use super::{UserMemory, copy_in, offset, size_word, split};
+    use crate::caps::Placement;
 
     /// Reads the first `minsz` bytes of an argument; the rest of `T` is zero. Returns it with its `argsz`, which the client may have
     /// made as large as it likes.
@@ -85,6 +86,22 @@ pub mod vfio {
         let (head, _) = split(bytes, to);
         let (_, tail) = split(head, from);
         copy_in(mem, offset(addr, from)?, tail)
+    }
+
+    /// Writes the capability chain behind the answer of an argument at `addr`; nothing if there is none, or no room. `EFAULT` if it
+    /// cannot be written. The answer itself comes after it, with [`write_back`].
+    pub fn write_caps<M: UserMemory + ?Sized>(
+        mem: &M,
+        addr: u64,
+        caps: &Placement<'_>,
+    ) -> Result<(), Errno> {
+        if caps.bytes.is_empty() {
+            return Ok(());
+        }
+        let at = addr
+            .checked_add(u64::from(caps.cap_offset))
+            .ok_or(Errno::FAULT)?;
+        mem.copy_out(at, caps.bytes)
     }
 
     /// Writes back as much of the answer as the client offered room for. `EFAULT` if it cannot be written; what the call did stays done.

@@ -70,12 +70,7 @@ fn get_info(backend: &Type1, arg: u64, caller: &dyn Caller) -> Result {
     info.flags = InfoFlags::PGSIZES | InfoFlags::CAPS;
     info.iova_pgsizes = backend.page_sizes();
     info.cap_offset = placed.cap_offset;
-    if !placed.bytes.is_empty() {
-        let at = arg
-            .checked_add(u64::from(placed.cap_offset))
-            .ok_or(Errno::FAULT)?;
-        caller.copy_out(at, placed.bytes)?;
-    }
+    vfio::write_caps(caller, arg, &placed)?;
     vfio::write_back(caller, arg, &info, argsz)
 }
 

@@ -197,12 +197,7 @@ fn get_region_info(grant: &Grant, arg: u64, caller: &dyn Caller) -> Result {
     info.cap_offset = placed.cap_offset;
     info.size = region.size;
     info.offset = area.offset;
-    if !placed.bytes.is_empty() {
-        let at = arg
-            .checked_add(u64::from(placed.cap_offset))
-            .ok_or(Errno::FAULT)?;
-        caller.copy_out(at, placed.bytes)?;
-    }
+    vfio::write_caps(caller, arg, &placed)?;
     vfio::write_back(caller, arg, &info, argsz)
 }
 
