@@ -13,7 +13,7 @@ use crate::{Core, Errno, Result};
 use client_process::Memory;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use vfio_uapi::UserMemory;
 use vfio_uapi::device::{InfoFlags, IrqFlags, RegionFlags};
@@ -95,6 +95,39 @@ impl Caller for Us {
     }
     fn memory(&self) -> Result<Arc<Memory>> {
         Memory::of(self.thread())
+    }
+}
+
+/// A caller that gives its argument and takes no answer: its memory cannot be written.
+pub(crate) struct ReadOnly<'a>(pub(crate) &'a Us);
+
+impl UserMemory for ReadOnly<'_> {
+    fn copy_in(&self, addr: u64, buf: &mut [u8]) -> Result {
+        self.0.copy_in(addr, buf)
+    }
+    fn copy_out(&self, _addr: u64, _buf: &[u8]) -> Result {
+        Err(Errno::FAULT)
+    }
+}
+
+impl Caller for ReadOnly<'_> {
+    fn pid(&self) -> u32 {
+        self.0.pid()
+    }
+    fn comm(&self) -> String {
+        self.0.comm()
+    }
+    fn capable(&self, capability: Capability) -> bool {
+        self.0.capable(capability)
+    }
+    fn get_fd(&self, fd: i32) -> Result<OwnedFd> {
+        self.0.get_fd(fd)
+    }
+    fn file(&self, fd: i32) -> Result<FileObject> {
+        self.0.file(fd)
+    }
+    fn memory(&self) -> Result<Arc<Memory>> {
+        self.0.memory()
     }
 }
 
@@ -235,4 +268,63 @@ pub(crate) fn opener() -> Opener {
 /// The device of a registration, to bind.
 pub(crate) fn of(registration: &Registration) -> &Device {
     registration.device()
+}
+
+/// Mappers, unmappers and devices on the same addresses, `rounds` times. A page is written to only
+/// while it is mapped: once an unmap has returned, its memory does not change. `write` goes through a
+/// device, whose error is `hole` where nothing is mapped; `map` has a page of memory and its IOVA.
+pub(crate) fn no_write_after_unmap(
+    rounds: u64,
+    hole: Errno,
+    write: impl Fn(u64, &[u8]) -> Result + Sync,
+    map: impl Fn(u64, u64) -> Result + Sync,
+    unmap: impl Fn(u64) -> Result<u64> + Sync,
+) {
+    let stop = AtomicBool::new(false);
+    let writes = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut value = 0u8;
+                while !stop.load(Ordering::Relaxed) {
+                    value = value.wrapping_add(1);
+                    for page in 0..3 {
+                        match write(page * PAGE + 2048, &[value; 2048]) {
+                            Ok(()) => _ = writes.fetch_add(1, Ordering::Relaxed),
+                            Err(errno) if errno == hole || errno == Errno::BUSY => {}
+                            Err(errno) => panic!("{errno}"),
+                        }
+                    }
+                }
+            });
+        }
+        let mappers: Vec<_> = (0..3)
+            .map(|page| {
+                let (map, unmap) = (&map, &unmap);
+                scope.spawn(move || {
+                    let mut memory = Pages::new(1);
+                    let va = memory.addr();
+                    for _ in 0..rounds {
+                        map(va, page * PAGE).unwrap();
+                        std::thread::yield_now();
+                        // A writer that is not scheduled for long looks like one that hangs.
+                        let unmapped = loop {
+                            match unmap(page * PAGE) {
+                                Err(Errno::BUSY) => std::thread::yield_now(),
+                                done => break done,
+                            }
+                        };
+                        assert_eq!(unmapped, Ok(PAGE));
+                        let before = memory.bytes().to_vec();
+                        std::thread::yield_now();
+                        assert!(memory.bytes() == before, "written to after the unmap");
+                    }
+                })
+            })
+            .collect();
+        let failed = mappers.into_iter().any(|mapper| mapper.join().is_err());
+        stop.store(true, Ordering::Relaxed);
+        assert!(!failed);
+    });
+    assert!(writes.load(Ordering::Relaxed) > 0);
 }

@@ -1,7 +1,8 @@
 //! What devices see, and what happens at once.
 
 use super::*;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::iommufd::testing;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 #[test]
 fn a_software_device_gets_the_errnos_of_dma_rw() {
@@ -50,60 +51,17 @@ fn hardware_asks_for_what_it_does() {
     assert_eq!(device.read(PAGE), Err(Errno::INVAL));
 }
 
-/// Mappers, unmappers and devices on the same addresses. A page is written to only while it is
-/// mapped: once an unmap has returned, its memory does not change.
 #[test]
 fn no_write_after_unmap() {
-    const ROUNDS: u64 = 300;
     let (c, attached) = Client::emulated(3);
     let device = Opened::new(&attached, None);
-    let stop = AtomicBool::new(false);
-    let writes = AtomicU64::new(0);
-    std::thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                let mut value = 0u8;
-                while !stop.load(Ordering::Relaxed) {
-                    value = value.wrapping_add(1);
-                    for page in 0..3 {
-                        match device.write(page * PAGE + 2048, &[value; 2048]) {
-                            Ok(()) => _ = writes.fetch_add(1, Ordering::Relaxed),
-                            Err(Errno::INVAL | Errno::BUSY) => {}
-                            Err(errno) => panic!("{errno}"),
-                        }
-                    }
-                }
-            });
-        }
-        let mappers: Vec<_> = (0..3)
-            .map(|page| {
-                let c = &c;
-                scope.spawn(move || {
-                    let mut memory = Pages::new(1);
-                    let va = memory.addr();
-                    for _ in 0..ROUNDS {
-                        c.map(RW, va, page * PAGE, PAGE).unwrap();
-                        std::thread::yield_now();
-                        // A writer that is not scheduled for long looks like one that hangs.
-                        let unmapped = loop {
-                            match c.unmap(page * PAGE, PAGE) {
-                                Err(Errno::BUSY) => std::thread::yield_now(),
-                                done => break done,
-                            }
-                        };
-                        assert_eq!(unmapped, Ok(PAGE));
-                        let before = memory.bytes().to_vec();
-                        std::thread::yield_now();
-                        assert!(memory.bytes() == before, "written to after the unmap");
-                    }
-                })
-            })
-            .collect();
-        let failed = mappers.into_iter().any(|mapper| mapper.join().is_err());
-        stop.store(true, Ordering::Relaxed);
-        assert!(!failed);
-    });
-    assert!(writes.load(Ordering::Relaxed) > 0);
+    testing::no_write_after_unmap(
+        300,
+        Errno::INVAL,
+        |iova, data| device.write(iova, data),
+        |va, iova| c.map(RW, va, iova, PAGE).map(drop),
+        |iova| c.unmap(iova, PAGE),
+    );
     assert_eq!(c.unmap_with(UnmapFlags::ALL, 0, 0), Ok(0));
 }
 

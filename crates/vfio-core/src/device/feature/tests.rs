@@ -1,9 +1,8 @@
 use crate::Core;
 use crate::device::{Device, DeviceFile, DmaSpace, Opener, Registration};
-use crate::iommufd::testing::{Pages, Seen, Us, address, device};
+use crate::iommufd::testing::{Pages, ReadOnly, Seen, Us, address, device};
 use crate::{Errno, Result};
 use std::sync::{Arc, Mutex};
-use vfio_uapi::UserMemory;
 use vfio_uapi::device::feature::{
     DmaLoggingControl, DmaLoggingRange, DmaLoggingReport, Feature, FeatureHeader,
 };
@@ -232,39 +231,6 @@ fn a_start_whose_answer_faults_is_undone() {
         Ok(PAGE),
         "it is not running"
     );
-}
-
-/// A caller whose memory cannot be written.
-struct ReadOnly<'a>(&'a Us);
-
-impl UserMemory for ReadOnly<'_> {
-    fn copy_in(&self, addr: u64, buf: &mut [u8]) -> Result {
-        self.0.copy_in(addr, buf)
-    }
-    fn copy_out(&self, _addr: u64, _buf: &[u8]) -> Result {
-        Err(Errno::FAULT)
-    }
-}
-
-impl crate::caller::Caller for ReadOnly<'_> {
-    fn pid(&self) -> u32 {
-        self.0.pid()
-    }
-    fn comm(&self) -> String {
-        self.0.comm()
-    }
-    fn capable(&self, capability: crate::caller::Capability) -> bool {
-        self.0.capable(capability)
-    }
-    fn get_fd(&self, fd: i32) -> Result<std::os::fd::OwnedFd> {
-        self.0.get_fd(fd)
-    }
-    fn file(&self, fd: i32) -> Result<crate::caller::FileObject> {
-        self.0.file(fd)
-    }
-    fn memory(&self) -> Result<Arc<client_process::Memory>> {
-        self.0.memory()
-    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Every command and every errno of it that does not need a device.
 
 use super::*;
-use vfio_uapi::UserMemory;
+use crate::iommufd::testing::ReadOnly;
 
 const MAX: u64 = u64::MAX;
 
@@ -103,41 +103,11 @@ fn ioas_alloc() {
         c.call(ioctl::IOMMU_IOAS_ALLOC, &mut arg),
         Err(Errno::OPNOTSUPP)
     );
-    /// Takes the argument, refuses the answer.
-    struct ReadOnly(Us);
-    impl UserMemory for ReadOnly {
-        fn copy_in(&self, addr: u64, buf: &mut [u8]) -> Result {
-            self.0.copy_in(addr, buf)
-        }
-        fn copy_out(&self, _: u64, _: &[u8]) -> Result {
-            Err(Errno::FAULT)
-        }
-    }
-    impl crate::caller::Caller for ReadOnly {
-        fn pid(&self) -> u32 {
-            self.0.pid()
-        }
-        fn comm(&self) -> String {
-            self.0.comm()
-        }
-        fn capable(&self, capability: crate::caller::Capability) -> bool {
-            self.0.capable(capability)
-        }
-        fn get_fd(&self, fd: i32) -> Result<std::os::fd::OwnedFd> {
-            self.0.get_fd(fd)
-        }
-        fn file(&self, fd: i32) -> Result<crate::caller::FileObject> {
-            self.0.file(fd)
-        }
-        fn memory(&self) -> Result<Arc<client_process::Memory>> {
-            self.0.memory()
-        }
-    }
     arg.flags = 0;
     let at = address(&mut arg);
     let done = c
         .ctx
-        .ioctl(ioctl::IOMMU_IOAS_ALLOC, at, &ReadOnly(Us::default()));
+        .ioctl(ioctl::IOMMU_IOAS_ALLOC, at, &ReadOnly(&Us::default()));
     assert_eq!(done, Err(Errno::FAULT));
     assert_eq!(c.destroy(1), Err(Errno::NOENT), "not made");
     assert_eq!(c.ioas(), 1);

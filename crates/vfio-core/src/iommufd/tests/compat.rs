@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::iommufd::compat::Joined;
-use crate::iommufd::testing::{Seen, device, of};
+use crate::iommufd::testing::{ReadOnly, Seen, device, of};
 use crate::model::{IommuGroups, X86_MSI};
 use crate::{Config, Core};
 use vfio_uapi::caps::{ArrayCap, DmaAvailCap, IovaRange};
@@ -361,35 +361,6 @@ fn unmap_errnos() {
         size: 0,
     }));
     let at = address(arg);
-    struct ReadOnly<'a>(&'a Us);
-    impl vfio_uapi::UserMemory for ReadOnly<'_> {
-        fn copy_in(&self, addr: u64, buf: &mut [u8]) -> Result {
-            self.0.copy_in(addr, buf)
-        }
-        fn copy_out(&self, _: u64, _: &[u8]) -> Result {
-            Err(Errno::FAULT)
-        }
-    }
-    impl crate::caller::Caller for ReadOnly<'_> {
-        fn pid(&self) -> u32 {
-            self.0.pid()
-        }
-        fn comm(&self) -> String {
-            self.0.comm()
-        }
-        fn capable(&self, capability: crate::caller::Capability) -> bool {
-            self.0.capable(capability)
-        }
-        fn get_fd(&self, fd: i32) -> Result<std::os::fd::OwnedFd> {
-            self.0.get_fd(fd)
-        }
-        fn file(&self, fd: i32) -> Result<crate::caller::FileObject> {
-            self.0.file(fd)
-        }
-        fn memory(&self) -> Result<Arc<client_process::Memory>> {
-            self.0.memory()
-        }
-    }
     let done = c
         .ctx
         .ioctl(ioctl::VFIO_IOMMU_UNMAP_DMA, at, &ReadOnly(&c.us));

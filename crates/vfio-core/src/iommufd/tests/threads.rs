@@ -1,65 +1,22 @@
 //! Many at once.
 
 use super::*;
-use crate::iommufd::testing::{device, of};
+use crate::iommufd::testing::{self, device, of};
 use crate::{Config, Core};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Mappers, unmappers and devices on the same addresses. A page is written to only while it is
-/// mapped: once an unmap has returned, its memory does not change.
 #[test]
 fn no_write_after_unmap() {
-    const ROUNDS: u64 = 400;
     let c = Client::new();
     let ioas = c.ioas();
     let port = c.port(ioas);
-    let stop = AtomicBool::new(false);
-    let writes = AtomicU64::new(0);
-    std::thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                let mut value = 0u8;
-                while !stop.load(Ordering::Relaxed) {
-                    value = value.wrapping_add(1);
-                    for page in 0..3 {
-                        match port.write(page * PAGE + 2048, &[value; 2048]) {
-                            Ok(()) => _ = writes.fetch_add(1, Ordering::Relaxed),
-                            Err(Errno::NOENT | Errno::BUSY) => {}
-                            Err(errno) => panic!("{errno}"),
-                        }
-                    }
-                }
-            });
-        }
-        let mappers: Vec<_> = (0..3)
-            .map(|page| {
-                let c = &c;
-                scope.spawn(move || {
-                    let mut memory = Pages::new(1);
-                    let va = memory.addr();
-                    for _ in 0..ROUNDS {
-                        c.map(ioas, FIXED | W, va, PAGE, page * PAGE).unwrap();
-                        std::thread::yield_now();
-                        // A writer that is not scheduled for long looks like one that hangs.
-                        let unmapped = loop {
-                            match c.unmap(ioas, page * PAGE, PAGE) {
-                                Err(Errno::BUSY) => std::thread::yield_now(),
-                                done => break done,
-                            }
-                        };
-                        assert_eq!(unmapped, Ok(PAGE));
-                        let before = memory.bytes().to_vec();
-                        std::thread::yield_now();
-                        assert!(memory.bytes() == before, "written to after the unmap");
-                    }
-                })
-            })
-            .collect();
-        let failed = mappers.into_iter().any(|mapper| mapper.join().is_err());
-        stop.store(true, Ordering::Relaxed);
-        assert!(!failed);
-    });
-    assert!(writes.load(Ordering::Relaxed) > 0);
+    testing::no_write_after_unmap(
+        400,
+        Errno::NOENT,
+        |iova, data| port.write(iova, data),
+        |va, iova| c.map(ioas, FIXED | W, va, PAGE, iova).map(drop),
+        |iova| c.unmap(ioas, iova, PAGE),
+    );
     assert_eq!(c.unmap(ioas, 0, u64::MAX), Ok(0));
 }
 
