@@ -194,6 +194,16 @@ pub fn json(daemon: &Daemon, arguments: &[&str]) -> Value {
     serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
 }
 
+/// Waits until nobody has the card open any more.
+///
+/// # Panics
+/// Somebody keeps it.
+pub fn until_closed(daemon: &Daemon) {
+    daemon::until("the card is closed", SHORT, || {
+        json(daemon, &["show", "vfio0"])["show"]["device"]["users"] == 0
+    });
+}
+
 /// Waits until the card has left the guest.
 ///
 /// # Panics

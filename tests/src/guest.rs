@@ -216,7 +216,7 @@ impl Guest {
     ///
     /// # Errors
     /// It has not ended within `limit`; it is killed when dropped.
-    pub fn power_off(mut self, limit: Duration) -> Result<bool, String> {
+    fn power_off(mut self, limit: Duration) -> Result<bool, String> {
         // A guest that is gone already is off.
         let _ = self.input.write_all(b"poweroff -f\n");
         let _ = self.input.flush();
@@ -230,6 +230,17 @@ impl Guest {
             .wait()
             .map(|status| status.success())
             .map_err(|error| error.to_string())
+    }
+
+    /// Switches the guest off, after which QEMU ends with 0.
+    ///
+    /// # Panics
+    /// It does not, or not within `limit`.
+    pub fn switch_off(self, limit: Duration) {
+        assert!(
+            self.power_off(limit)
+                .expect("the guest switches itself off")
+        );
     }
 }
 

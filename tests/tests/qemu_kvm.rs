@@ -11,6 +11,7 @@ use vfiod_tests::card::SHORT;
 use vfiod_tests::card::UUID;
 use vfiod_tests::card::card;
 use vfiod_tests::card::json;
+use vfiod_tests::card::until_closed;
 use vfiod_tests::daemon::until;
 use vfiod_tests::skip;
 
@@ -59,9 +60,7 @@ fn with_kvm(iommufd: bool) {
     // of the processor is no matter of ours.
     let of_vfio = |line: &str| line.contains("qemu-system") && line.contains("vfio");
     assert!(!complaints.lines().any(of_vfio), "{complaints}");
-    until("closed with QEMU's end", SHORT, || {
-        json(&daemon, &["show", "vfio0"])["show"]["device"]["users"] == 0
-    });
+    until_closed(&daemon);
     daemon.stop().expect("nothing is left");
 }
 

@@ -13,6 +13,7 @@ use vfiod_tests::card::boot;
 use vfiod_tests::card::card;
 use vfiod_tests::card::far_end;
 use vfiod_tests::card::json;
+use vfiod_tests::card::until_closed;
 use vfiod_tests::daemon::Daemon;
 use vfiod_tests::daemon::until;
 use vfiod_tests::guest::Builder;
@@ -67,14 +68,8 @@ fn a_guest_talks_through_the_card_with_private_memory() {
             .any(|holder| holder["pid"] == u64::from(daemon.pid())),
         "the daemon holds its own device: {who}"
     );
-    assert!(
-        guest
-            .power_off(SHORT)
-            .expect("the guest switches itself off")
-    );
-    until("closed with QEMU's end", SHORT, || {
-        json(&daemon, &["show", "vfio0"])["show"]["device"]["users"] == 0
-    });
+    guest.switch_off(SHORT);
+    until_closed(&daemon);
     daemon.stop().expect("nothing is left");
 }
 
@@ -89,11 +84,7 @@ fn a_guest_talks_through_the_card_with_shared_memory() {
         .qemu_args(&["-object", "memory-backend-memfd,id=ram,size=256M,share=on"]);
     let mut guest = boot(builder, &daemon);
     assert_card_works(&mut guest, &mut far_ends);
-    assert!(
-        guest
-            .power_off(SHORT)
-            .expect("the guest switches itself off")
-    );
+    guest.switch_off(SHORT);
     daemon.stop().expect("nothing is left");
 }
 
@@ -117,11 +108,7 @@ fn a_card_that_is_stopped_leaves_a_running_guest() {
         .monitor(r#"{"execute": "query-status"}"#)
         .expect("QEMU lives on");
     assert!(status.contains("\"running\""), "{status}");
-    assert!(
-        guest
-            .power_off(SHORT)
-            .expect("the guest switches itself off")
-    );
+    guest.switch_off(SHORT);
     daemon.stop().expect("nothing is left");
 }
 

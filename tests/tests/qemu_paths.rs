@@ -12,7 +12,7 @@ use vfiod_tests::card::boot;
 use vfiod_tests::card::card;
 use vfiod_tests::card::far_end;
 use vfiod_tests::card::json;
-use vfiod_tests::daemon::until;
+use vfiod_tests::card::until_closed;
 use vfiod_tests::guest::Builder;
 use vfiod_tests::guest::Guest;
 use vfiod_tests::packages::Prefix;
@@ -52,14 +52,8 @@ fn by_paths(iommufd: bool, shared: bool) {
         holders.iter().any(|holder| holder["pid"] == qemu),
         "{qemu} is not in {who}"
     );
-    assert!(
-        guest
-            .power_off(SHORT)
-            .expect("the guest switches itself off")
-    );
-    until("closed with QEMU's end", SHORT, || {
-        json(&daemon, &["show", "vfio0"])["show"]["device"]["users"] == 0
-    });
+    guest.switch_off(SHORT);
+    until_closed(&daemon);
     daemon.stop().expect("nothing is left");
 }
 
@@ -95,10 +89,6 @@ fn a_card_by_its_group_is_stopped_and_leaves_a_running_guest() {
         .filter(|name| name.parse::<u32>().is_ok())
         .collect();
     assert_eq!(names, [""; 0], "the group went with its only device");
-    assert!(
-        guest
-            .power_off(SHORT)
-            .expect("the guest switches itself off")
-    );
+    guest.switch_off(SHORT);
     daemon.stop().expect("nothing is left");
 }

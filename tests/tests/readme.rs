@@ -15,7 +15,7 @@ use std::time::Instant;
 use rustix::process::Pid;
 use rustix::process::Signal;
 use vfiod_tests::card::SHORT;
-use vfiod_tests::card::json;
+use vfiod_tests::card::until_closed;
 use vfiod_tests::daemon;
 use vfiod_tests::daemon::Daemon;
 use vfiod_tests::daemon::until;
@@ -120,8 +120,6 @@ fn typed(lines: &str, prefix: &Prefix, qemu: &Path) {
         SHORT,
         || matches!(qemu.try_wait(), Ok(Some(status)) if status.success()),
     );
-    until("closed with QEMU's end", SHORT, || {
-        json(&daemon, &["show", "vfio0"])["show"]["device"]["users"] == 0
-    });
+    until_closed(&daemon);
     daemon.stop().expect("nothing is left");
 }

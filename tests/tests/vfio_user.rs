@@ -15,6 +15,7 @@ use vfiod_tests::card::card_with;
 use vfiod_tests::card::far_end;
 use vfiod_tests::card::json;
 use vfiod_tests::card::uncomplaining;
+use vfiod_tests::card::until_closed;
 use vfiod_tests::daemon::Daemon;
 use vfiod_tests::daemon::until;
 use vfiod_tests::guest::Guest;
@@ -120,14 +121,8 @@ fn a_guest_talks_through_the_card_over_its_socket() {
     });
     assert_card_works(&mut guest, &mut far_ends);
 
-    assert!(
-        guest
-            .power_off(SHORT)
-            .expect("the guest switches itself off")
-    );
-    until("closed with QEMU's end", SHORT, || {
-        json(&daemon, &["show", "vfio0"])["show"]["device"]["users"] == 0
-    });
+    guest.switch_off(SHORT);
+    until_closed(&daemon);
     daemon.stop().expect("nothing is left");
 }
 
@@ -139,9 +134,7 @@ fn a_qemu_that_is_killed_leaves_the_card_to_the_next() {
     let guest = boot(&prefix, &qemu, &daemon);
     // Dropping a guest kills its QEMU.
     drop(guest);
-    until("closed with QEMU's end", SHORT, || {
-        json(&daemon, &["show", "vfio0"])["show"]["device"]["users"] == 0
-    });
+    until_closed(&daemon);
     // The ports' wires are those of an open card.
     let mut far_ends = [0, 1].map(|port| far_end(&daemon, port));
     let mut guest = boot(&prefix, &qemu, &daemon);
