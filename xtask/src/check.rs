@@ -8,6 +8,7 @@ use anyhow::Context;
 use anyhow::Result;
 use serde_json::Value;
 
+use crate::docs;
 use crate::workspace;
 use crate::workspace::Workspace;
 
@@ -100,21 +101,18 @@ const MACHINE_PATHS: &[&str] = &[
 pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
     let mut problems = arrows(&workspace.metadata)?;
     let mut long = Vec::new();
-    for name in tracked(workspace)? {
-        let path = workspace.root.join(&name);
-        // Binary assets and files deleted but not yet committed are no text.
-        let Ok(text) = std::fs::read_to_string(&path) else {
-            continue;
-        };
-        problems.extend(machine_paths(&name, &text));
+    let files = files(workspace)?;
+    for (name, text) in &files {
+        problems.extend(machine_paths(name, text));
         if name.ends_with(".rs") {
-            problems.extend(unsafe_reasons(&name, &text));
-            let lines = code_lines(&text);
-            if lines > LONG && !is_test(&name) {
+            problems.extend(unsafe_reasons(name, text));
+            let lines = code_lines(text);
+            if lines > LONG && !is_test(name) {
                 long.push(format!("{name}: {lines} lines of code"));
             }
         }
     }
+    problems.extend(docs::problems(&files));
     problems.extend(lints(workspace)?);
     for file in &long {
         println!("long: {file} (a file should have at most {LONG} without its tests)");
@@ -175,8 +173,9 @@ fn reachable<'a>(edges: &BTreeMap<&'a str, Vec<&'a str>>, from: &str) -> BTreeSe
     reached
 }
 
-/// The files that git knows, and new ones that it does not ignore.
-fn tracked(workspace: &Workspace) -> Result<Vec<String>> {
+/// The files that git knows, and new ones that it does not ignore, by path. Those that are no text
+/// are empty.
+fn files(workspace: &Workspace) -> Result<BTreeMap<String, String>> {
     let list = workspace::output(
         Command::new("git")
             // A checkout that another user owns is read all the same.
@@ -190,7 +189,18 @@ fn tracked(workspace: &Workspace) -> Result<Vec<String>> {
             ])
             .current_dir(&workspace.root),
     )?;
-    Ok(list.lines().map(str::to_owned).collect())
+    let mut files = BTreeMap::new();
+    for name in list.lines() {
+        let path = workspace.root.join(name);
+        // Deleted but not yet committed: it is there no more.
+        if path.symlink_metadata().is_ok() {
+            files.insert(
+                name.to_owned(),
+                std::fs::read_to_string(path).unwrap_or_default(),
+            );
+        }
+    }
+    Ok(files)
 }
 
 /// True for files that hold nothing but tests.

@@ -2,6 +2,7 @@
 
 mod bench;
 mod check;
+mod docs;
 mod packages;
 mod suites;
 mod workspace;
@@ -28,7 +29,8 @@ enum Task {
     /// One process of a benchmark
     #[command(hide = true)]
     BenchPeer(bench::peer::Options),
-    /// Check the rules of the architecture: dependencies between crates, unsafe code, long files
+    /// Check the rules of the architecture: dependencies between crates, unsafe code, long
+    /// files, and that what the documents name is there
     Check,
     /// Fetch and install what the tests need, and run none
     Prepare,
