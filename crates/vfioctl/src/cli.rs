@@ -135,7 +135,7 @@ pub(crate) enum Command {
         #[arg(long, required = true)]
         gone: bool,
         /// Give up after so many seconds.
-        #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+        #[arg(long, value_name = "SECONDS", value_parser = seconds, allow_negative_numbers = true)]
         timeout: Option<std::time::Duration>,
     },
     /// Print life-cycle events as they happen.
@@ -210,7 +210,7 @@ pub(crate) struct Policy {
     pub(crate) wait: bool,
     /// Ask and wait so many seconds, then cut them off: they get ENODEV. A kernel's own device
     /// cannot be cut off: then give up waiting with status 5.
-    #[arg(long, group = "policy", value_name = "SECONDS", value_parser = seconds)]
+    #[arg(long, group = "policy", value_name = "SECONDS", value_parser = seconds, allow_negative_numbers = true)]
     pub(crate) timeout: Option<std::time::Duration>,
     /// Cut its users off now.
     #[arg(long, group = "policy")]
@@ -234,7 +234,7 @@ fn seconds(text: &str) -> Result<std::time::Duration, String> {
     let seconds: f64 = text
         .parse()
         .map_err(|_| "not a number of seconds".to_owned())?;
-    std::time::Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+    std::time::Duration::try_from_secs_f64(seconds).map_err(|_| "no time in seconds".to_owned())
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use vfiod_control::client::DEFAULT_SOCKET;
+use vfiod_control::client::{DEFAULT_SOCKET, EXIT_UNREACHABLE};
 use vfiod_control::view::{Device, Holder, Refusal, SCHEMA, Show};
 use vfiod_control::{Answer, Call, Client, FailureKind, UnregisterPolicy};
 
@@ -294,6 +294,10 @@ pub(crate) fn daemon(global: &Global) -> Result<Client> {
 
 fn source(global: &Global) -> Result<Source> {
     if let Some(sys) = &global.sys {
+        if !sys.is_dir() {
+            let message = format!("--sys {}: no such directory", sys.display());
+            return Err(Fail::new(FailureKind::Usage, message));
+        }
         let dev = global
             .nodes
             .clone()
@@ -308,10 +312,7 @@ fn source(global: &Global) -> Result<Source> {
             if error.source.kind() == std::io::ErrorKind::PermissionDenied {
                 eprintln!("vfioctl: {error}; this is the machine's own /sys:");
             }
-            Ok(Source::Plain(Plain::new(
-                Path::new("/sys"),
-                Path::new("/dev"),
-            )))
+            Ok(Source::Plain(Plain::of_the_machine()))
         }
     }
 }
@@ -320,9 +321,12 @@ fn source(global: &Global) -> Result<Source> {
 fn ours(source: &mut Source) -> Result<&mut Client> {
     match source {
         Source::Daemon(client) => Ok(client),
-        Source::Plain(_) => Err(Fail::failed(
-            "only devices of vfiod have sockets, and no vfiod answers; `vfiod serve` starts one",
-        )),
+        Source::Plain(_) => Err(Fail {
+            code: EXIT_UNREACHABLE,
+            message: "only devices of vfiod have sockets, and no vfiod answers; `vfiod serve` \
+                      starts one"
+                .to_owned(),
+        }),
     }
 }
 
@@ -422,7 +426,7 @@ fn events(global: &Global) -> Result<ExitCode> {
         }
     }
     Err(Fail {
-        code: vfiod_control::client::EXIT_UNREACHABLE,
+        code: EXIT_UNREACHABLE,
         message: "vfiod has ended".to_owned(),
     })
 }

@@ -6,9 +6,11 @@ use crate::print;
 use crate::sysfs::{Sysfs, is_vfio_driver, names};
 use crate::who::{self, Target};
 use rustix::io::Errno;
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
+use vfiod_control::client::DEFAULT_SOCKET;
 use vfiod_control::view::{Device, Holder, Parent, Show, Tree};
 use vfiod_control::{FailureKind, Spec};
 
@@ -17,6 +19,8 @@ use vfiod_control::{FailureKind, Spec};
 pub(crate) struct Plain {
     sysfs: Sysfs,
     proc: PathBuf,
+    /// True for what a daemon would have been asked first.
+    instead: bool,
 }
 
 impl Plain {
@@ -24,7 +28,32 @@ impl Plain {
         Plain {
             sysfs: Sysfs::new(sys, dev),
             proc: PathBuf::from("/proc"),
+            instead: false,
         }
+    }
+
+    /// The machine's own, since no daemon answers.
+    pub(crate) fn of_the_machine() -> Plain {
+        Plain {
+            instead: true,
+            ..Plain::new(Path::new("/sys"), Path::new("/dev"))
+        }
+    }
+
+    /// Not here; but perhaps a daemon would have had it.
+    fn absent(&self, what: impl fmt::Display) -> Fail {
+        let note = if self.instead {
+            format!("; this is the machine's own /sys, since no vfiod answers at {DEFAULT_SOCKET}")
+        } else {
+            String::new()
+        };
+        Fail::not_found(format!("{what}{note}"))
+    }
+
+    fn no_device(&self, dev: &str) -> Fail {
+        self.absent(format_args!(
+            "{dev}: no such device; `vfioctl list` has them all"
+        ))
     }
 
     pub(crate) fn list(&self) -> Vec<Device> {
@@ -40,7 +69,7 @@ impl Plain {
     pub(crate) fn show(&self, dev: &str) -> Result<Show> {
         let device = self.find(dev)?;
         let device = self.with_holders(vec![device]).into_iter().next();
-        let device = device.ok_or_else(|| not_found(dev))?;
+        let device = device.ok_or_else(|| self.no_device(dev))?;
         Ok(Show {
             group: device.iommu_group.and_then(|group| self.sysfs.group(group)),
             device,
@@ -53,7 +82,7 @@ impl Plain {
         if let Some(wanted) = parent {
             parents.retain(|parent| parent.name == wanted);
             if parents.is_empty() {
-                return Err(Fail::not_found(format!(
+                return Err(self.absent(format_args!(
                     "{wanted}: not in {}",
                     self.sysfs.sys.join("class/mdev_bus").display()
                 )));
@@ -100,7 +129,7 @@ impl Plain {
         found.retain(|device| spec.matches(device));
         match found.as_slice() {
             [] => {}
-            [_] => return found.into_iter().next().ok_or_else(|| not_found(dev)),
+            [_] => return found.into_iter().next().ok_or_else(|| self.no_device(dev)),
             several => {
                 let all: Vec<String> = several
                     .iter()
@@ -121,7 +150,7 @@ impl Plain {
                 .filter(|device| spec.matches(device)),
             _ => None,
         };
-        any.ok_or_else(|| not_found(dev))
+        any.ok_or_else(|| self.no_device(dev))
     }
 
     /// `echo UUID > …/create`, after a look whether one is left.
@@ -143,7 +172,7 @@ impl Plain {
             );
         }
         let (parent, available) = match *with.as_slice() {
-            [] => return Err(Fail::not_found(format!("{id}: no parent has this type"))),
+            [] => return Err(self.absent(format_args!("{id}: no parent has this type"))),
             [one] => one,
             _ => {
                 return Err(Fail::new(
@@ -314,12 +343,6 @@ impl Plain {
     }
 }
 
-fn not_found(dev: &str) -> Fail {
-    Fail::not_found(format!(
-        "{dev}: no such device; `vfioctl list` has them all"
-    ))
-}
-
 fn random_uuid() -> Result<String> {
     std::fs::read_to_string("/proc/sys/kernel/random/uuid")
         .map(|text| text.trim().to_owned())
@@ -399,4 +422,19 @@ fn explain(file: &Path, errno: Errno) -> Fail {
         _ => "",
     };
     Fail::new(kind, format!("{}: {errno}{advice}", file.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_machine_has_not_a_daemon_might_have() {
+        let message = |plain: Plain| plain.show("vfio4000000").unwrap_err().message;
+        let said = message(Plain::of_the_machine());
+        assert!(said.contains(DEFAULT_SOCKET), "{said}");
+        let asked_for = Path::new("/nonexistent");
+        let said = message(Plain::new(asked_for, asked_for));
+        assert!(said.ends_with("has them all"), "{said}");
+    }
 }

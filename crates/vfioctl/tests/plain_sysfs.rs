@@ -331,6 +331,17 @@ fn a_daemon_that_was_named_and_is_not_there_is_6() {
 }
 
 #[test]
+fn a_tree_that_is_not_there_is_no_empty_one() {
+    let output = vfioctl()
+        .args(["--sys", "/nonexistent/sys", "list"])
+        .output()
+        .unwrap();
+    assert_eq!(code(&output), 2);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("--sys /nonexistent/sys: no such"), "{said}");
+}
+
+#[test]
 fn an_empty_tree_says_so() {
     let dir = tempfile::tempdir().unwrap();
     for command in ["list", "tree"] {

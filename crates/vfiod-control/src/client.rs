@@ -3,6 +3,7 @@
 use crate::message::{Answer, Call, Failure, FailureKind, Reply, Request};
 use crate::wire;
 use std::io::{self, BufReader};
+use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -36,6 +37,10 @@ fn advice(error: &io::Error, socket: &Path) -> String {
         io::ErrorKind::PermissionDenied => {
             "be root or a member of the group that owns the socket".to_owned()
         }
+        io::ErrorKind::ConnectionRefused if !is_socket(socket) => {
+            "it is no socket: name that of a daemon with --socket, or its directory with --root"
+                .to_owned()
+        }
         io::ErrorKind::ConnectionRefused => {
             "a daemon that is gone left it behind: start it again with `vfiod serve`".to_owned()
         }
@@ -47,6 +52,10 @@ fn advice(error: &io::Error, socket: &Path) -> String {
             socket.parent().unwrap_or(Path::new(".")).display()
         ),
     }
+}
+
+fn is_socket(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|there| there.file_type().is_socket())
 }
 
 impl Client {
@@ -144,5 +153,9 @@ mod tests {
             text.contains("vfiod serve --root /nonexistent/dir"),
             "{text}"
         );
+        let text = Client::connect(Path::new("/etc/passwd"))
+            .unwrap_err()
+            .to_string();
+        assert!(text.contains("it is no socket"), "{text}");
     }
 }

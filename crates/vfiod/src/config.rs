@@ -5,11 +5,12 @@
 //! /etc replaces one of the same name in /usr/lib.
 
 use anyhow::Context as _;
+use serde::de::{Deserializer, Error, Visitor};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use std::{fmt, fs};
 use vfio_drivers::mtty::port::BackendSpec;
 
 /// One file, or all of them merged. What is absent has its default.
@@ -54,7 +55,7 @@ impl TryFrom<f64> for Seconds {
     fn try_from(seconds: f64) -> Result<Seconds, String> {
         Duration::try_from_secs_f64(seconds)
             .map(Seconds)
-            .map_err(|error| error.to_string())
+            .map_err(|_| format!("{seconds} is no time in seconds"))
     }
 }
 
@@ -128,8 +129,8 @@ pub(crate) struct Nodes {
 }
 
 /// Permission bits, written as a string in octal: `"660"`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(into = "String")]
 pub(crate) struct Mode(pub(crate) u32);
 
 impl TryFrom<String> for Mode {
@@ -141,6 +142,25 @@ impl TryFrom<String> for Mode {
             Ok(mode) if mode <= 0o777 && !digits.starts_with('+') => Ok(Mode(mode)),
             _ => Err(format!("{text:?} is no mode; write \"660\", in octal")),
         }
+    }
+}
+
+impl<'de> Deserialize<'de> for Mode {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Mode, D::Error> {
+        struct Octal;
+        impl Visitor<'_> for Octal {
+            type Value = Mode;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a mode in octal, as text: \"660\"")
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<Mode, E> {
+                Mode::try_from(text.to_owned()).map_err(E::custom)
+            }
+        }
+        // A number would be read as decimal, and nobody means that.
+        deserializer.deserialize_str(Octal)
     }
 }
 
@@ -447,6 +467,14 @@ mod tests {
         ] {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.contains(place), "{text:?}: {error}");
+        }
+        for (text, what) in [
+            ("[nodes]\nmode = 600\n", "as text: \"660\""),
+            ("[nodes]\nmode = \"888\"\n", "write \"660\""),
+            ("stop-timeout = -1\n", "-1 is no time in seconds"),
+        ] {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.contains(what), "{text:?}: {error}");
         }
     }
 

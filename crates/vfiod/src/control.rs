@@ -11,6 +11,7 @@ use rustix::fs::{Gid, Mode, Uid};
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::io::{self, BufReader, Write};
+use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -96,6 +97,14 @@ impl Drop for Control {
 
 /// A socket that nobody else can connect to for the moment between bind and chown.
 fn listen(path: &Path, group: Option<u32>) -> io::Result<UnixListener> {
+    match std::fs::symlink_metadata(path) {
+        Ok(there) if !there.file_type().is_socket() => {
+            return Err(io::Error::other(
+                "it is there and is no socket; move it away, or use another directory (--root)",
+            ));
+        }
+        _ => {}
+    }
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}

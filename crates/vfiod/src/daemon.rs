@@ -1,10 +1,11 @@
 //! `vfiod serve`: puts everything together, and takes it apart again.
 
 use crate::calls::Server;
-use crate::config::{self, Config, Driver, Port, Seconds, Unregister, UnregisterWord};
+use crate::config::{self, Config, Seconds, Unregister, UnregisterWord};
 use crate::control::Control;
 use crate::devices::Requests;
 use crate::numbers::Numbers;
+use crate::parents::{check_mdevs, start_mdevs};
 use crate::vfio_user::Sockets;
 use crate::{Serve, log, uevent};
 use anyhow::Context as _;
@@ -15,20 +16,17 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
-use uuid::Uuid;
 use vfio_core::Core;
 use vfio_core::device::Policy;
 use vfio_core::event::{Event, Notice, What};
-use vfio_core::model::{BusDevice, Outcome, Waiting, mdev};
-use vfio_drivers::mdpy;
-use vfio_drivers::mtty;
-use vfio_drivers::mtty::port::BackendSpec;
+use vfio_core::model::{Outcome, Waiting, mdev};
 use vfio_fuse::{Mounts, Options, Owner};
+
+pub(crate) use crate::parents::{make_parents, type_named};
 
 /// What to do about EMFILE.
 pub(crate) const FILES_ADVICE: &str = "raise the limit of open files: `ulimit -Hn` in the shell, \
@@ -83,6 +81,7 @@ pub(crate) fn serve(serve: &Serve) -> anyhow::Result<()> {
         None => Config::search(&places.config)?,
     };
     if serve.check {
+        check(&config, &places)?;
         print!("{}", toml::to_string(&config)?);
         return Ok(());
     }
@@ -93,8 +92,7 @@ pub(crate) fn serve(serve: &Serve) -> anyhow::Result<()> {
         stop_at_eof()?;
     }
     raise_files();
-    std::fs::create_dir_all(&places.root)
-        .with_context(|| format!("directory {}", places.root.display()))?;
+    std::fs::create_dir_all(&places.root).map_err(|error| root_error(&error, &places.root))?;
     let _lock = lock(&places.root)?;
     clear_stale(&places.sys());
     clear_stale(&places.dev());
@@ -126,12 +124,7 @@ pub(crate) fn serve(serve: &Serve) -> anyhow::Result<()> {
         uevents: config.uevents.unwrap_or_default(),
         started: Instant::now(),
     });
-    let group = match &config.nodes.socket_group {
-        Some(group) => Some(id("/etc/group", group)?),
-        // Others may give files to their own groups only.
-        None if rustix::process::geteuid().is_root() => id("/etc/group", "vfio").ok(),
-        None => None,
-    };
+    let group = socket_group(&config)?;
     let control = Control::start(&places.socket(), group, Arc::clone(&server))?;
     tracing::info!(
         "vfiod {} serves {}, {} and {}",
@@ -173,6 +166,43 @@ pub(crate) fn serve(serve: &Serve) -> anyhow::Result<()> {
         remove(&places.root);
     }
     Ok(())
+}
+
+/// What can be wrong with a configuration beyond its form, looked at without serving anything.
+fn check(config: &Config, places: &Places) -> anyhow::Result<()> {
+    let core = Core::new(core_config(config));
+    let parents = make_parents(&core, config)?;
+    check_mdevs(config, &parents)?;
+    mount_options(config, places)?;
+    socket_group(config)?;
+    Ok(())
+}
+
+fn socket_group(config: &Config) -> anyhow::Result<Option<u32>> {
+    Ok(match &config.nodes.socket_group {
+        Some(group) => Some(id("/etc/group", group).context("nodes.socket-group")?),
+        // Others may give files to their own groups only.
+        None if rustix::process::geteuid().is_root() => id("/etc/group", "vfio").ok(),
+        None => None,
+    })
+}
+
+fn root_error(error: &std::io::Error, root: &Path) -> anyhow::Error {
+    use std::io::ErrorKind::{AlreadyExists, NotADirectory, PermissionDenied};
+    let advice = match error.kind() {
+        AlreadyExists | NotADirectory => {
+            "; something that is no directory is there: use another one (--root)"
+        }
+        PermissionDenied => {
+            "; be root, or use a directory of your own (--root); `vfioctl run --user` does all \
+             that an ordinary user needs"
+        }
+        _ => "; use another one (--root)",
+    };
+    anyhow::anyhow!(
+        "cannot make the directory {}: {error}{advice}",
+        root.display()
+    )
 }
 
 /// Sends this process a SIGTERM when standard input ends: whoever started it is gone, however it went.
@@ -240,111 +270,14 @@ fn first_free_group(sys: &Path) -> u32 {
         .map_or(0, |last| last.saturating_add(1))
 }
 
-/// What mediated devices are made of, with what was chosen for single devices.
-pub(crate) fn make_parents(core: &Core, config: &Config) -> anyhow::Result<Vec<Arc<mdev::Parent>>> {
-    let mut declared = config.parents.clone();
-    if declared.is_empty() {
-        for name in ["mtty", "mdpy"] {
-            declared.insert(name.to_owned(), crate::config::Parent::default());
-        }
-    }
-    let wiring: Arc<HashMap<String, Vec<Port>>> = Arc::new(
-        config
-            .mdevs
-            .iter()
-            .map(|(uuid, mdev)| (uuid.to_string(), mdev.ports.clone()))
-            .collect(),
-    );
-    let mut parents = Vec::new();
-    for (name, parent) in &declared {
-        let driver = match (parent.driver, name.as_str()) {
-            (Some(driver), _) => driver,
-            (None, "mtty") => Driver::Mtty,
-            (None, "mdpy") => Driver::Mdpy,
-            (None, _) => anyhow::bail!("parents.{name}: say which driver, mtty or mdpy"),
-        };
-        let parent = match driver {
-            Driver::Mtty => {
-                let device = BusDevice::virtual_class("mtty", name);
-                device
-                    .add(core)
-                    .with_context(|| format!("parents.{name}"))?;
-                let driver = mtty::Driver::new().with_wiring(wire(parent.ports.clone(), &wiring));
-                mdev::Parent::register::<mtty::Driver>(core, &device, driver)
-            }
-            Driver::Mdpy => {
-                let device = BusDevice::virtual_class("mdpy", name);
-                device
-                    .add(core)
-                    .with_context(|| format!("parents.{name}"))?;
-                let driver = parent
-                    .count
-                    .map_or_else(mdpy::Driver::default, mdpy::Driver::new);
-                mdev::Parent::register::<mdpy::Driver>(core, &device, driver)
-            }
-        };
-        parents.push(parent.with_context(|| format!("parents.{name}"))?);
-    }
-    Ok(parents)
-}
-
-/// Where the ports of a card lead: what was said of the card, else of the parent, else back.
-fn wire(
-    default: Option<Port>,
-    cards: &Arc<HashMap<String, Vec<Port>>>,
-) -> impl Fn(&str, usize) -> BackendSpec + Send + Sync + 'static {
-    let cards = Arc::clone(cards);
-    move |uuid, port| {
-        let own = cards.get(uuid).and_then(|ports| ports.get(port));
-        let Some(chosen) = own.or(default.as_ref()) else {
-            return BackendSpec::Loopback;
-        };
-        chosen.backend(uuid, port).unwrap_or_else(|error| {
-            tracing::warn!("mtty {uuid}: port {port} loops back: {error}");
-            BackendSpec::Loopback
-        })
-    }
-}
-
-fn start_mdevs(config: &Config, parents: &[Arc<mdev::Parent>]) -> anyhow::Result<()> {
-    for (uuid, wanted) in &config.mdevs {
-        let name = wanted.parent.as_deref();
-        let Some((parent, ty)) = type_named(parents, name, &wanted.mdev_type) else {
-            anyhow::bail!(
-                "mdevs.{uuid}: {} has the type {:?}",
-                name.unwrap_or("no parent"),
-                wanted.mdev_type
-            );
-        };
-        start_mdev(parent, ty, *uuid).with_context(|| format!("mdevs.{uuid}"))?;
-    }
-    Ok(())
-}
-
-/// The parent, of this name if there is one, that has a type.
-pub(crate) fn type_named<'a>(
-    parents: &'a [Arc<mdev::Parent>],
-    name: Option<&str>,
-    mdev_type: &str,
-) -> Option<(&'a Arc<mdev::Parent>, usize)> {
-    parents
-        .iter()
-        .filter(|parent| name.is_none_or(|name| parent.device().name() == name))
-        .find_map(|parent| Some((parent, parent.type_named(mdev_type)?)))
-}
-
-fn start_mdev(parent: &Arc<mdev::Parent>, ty: usize, uuid: Uuid) -> Result<(), Errno> {
-    parent.create(ty, uuid).map(drop)
-}
-
 fn mount_options(config: &Config, places: &Places) -> anyhow::Result<Options> {
     let owner = |config: &Option<String>, file: &str, own: u32| match config {
         Some(name) => id(file, name),
         None => Ok(own),
     };
     let own = own_ids();
-    let uid = owner(&config.nodes.owner, "/etc/passwd", own.0)?;
-    let gid = owner(&config.nodes.group, "/etc/group", own.1)?;
+    let uid = owner(&config.nodes.owner, "/etc/passwd", own.0).context("nodes.owner")?;
+    let gid = owner(&config.nodes.group, "/etc/group", own.1).context("nodes.group")?;
     let default = Options::under(&places.root);
     let node = |mode: Option<config::Mode>, default: Owner| Owner {
         uid,
@@ -392,6 +325,9 @@ fn mount_error(errno: Errno, root: &Path) -> anyhow::Error {
         Errno::PERM | Errno::ACCESS => {
             "mounting needs CAP_SYS_ADMIN: be root, or in a user namespace of your own \
              (unshare -Urm)"
+        }
+        Errno::EXIST | Errno::NOTDIR => {
+            "sys or dev is there and is no directory; move it away, or use another directory (--root)"
         }
         Errno::MFILE => FILES_ADVICE,
         _ => "the kernel refused the mount",

@@ -1,10 +1,12 @@
 //! Log lines on standard error, shaped as the kernel's: `vfio-dev vfio0: …`, `mtty mtty: …`.
 
+use anyhow::Context as _;
 use std::fmt;
 use std::io::IsTerminal;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
@@ -15,7 +17,7 @@ use tracing_subscriber::registry::LookupSpan;
 /// A level that is none.
 pub(crate) fn start(level: Option<&str>) -> anyhow::Result<()> {
     let filter = match level {
-        Some(level) => EnvFilter::try_new(level)?,
+        Some(level) => filter(level)?,
         None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
     };
     let style = if std::io::stderr().is_terminal() {
@@ -31,6 +33,22 @@ pub(crate) fn start(level: Option<&str>) -> anyhow::Result<()> {
         .event_format(Lines(style))
         .try_init()
         .map_err(|error| anyhow::anyhow!("logging: {error}"))
+}
+
+/// A word that is no level would be taken for a part of the program, of which nothing is ever heard.
+fn filter(level: &str) -> anyhow::Result<EnvFilter> {
+    let is_word = !level.contains(['=', ',', '[']);
+    let filter = if level.is_empty() || is_word && level.parse::<LevelFilter>().is_err() {
+        None
+    } else {
+        EnvFilter::try_new(level).ok()
+    };
+    filter.with_context(|| {
+        format!(
+            "--log {level:?}: write error, warn, info, debug or trace, or directives as in \
+             RUST_LOG: vfio_core=debug,warn"
+        )
+    })
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,6 +163,26 @@ mod tests {
         let mut text = String::new();
         line(&mut text, style, level, parts, (12, 34)).unwrap();
         text
+    }
+
+    #[test]
+    fn levels_and_directives() {
+        for good in [
+            "info",
+            "DEBUG",
+            "off",
+            "vfio_core=debug,warn",
+            "vfio_fuse=trace",
+        ] {
+            filter(good).unwrap();
+        }
+        for bad in ["loud", "", "vfio_core=loud", "a=b=c"] {
+            let error = filter(bad).unwrap_err().to_string();
+            assert!(
+                error.contains("--log") && error.contains("trace"),
+                "{bad:?}: {error}"
+            );
+        }
     }
 
     #[test]

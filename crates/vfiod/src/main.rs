@@ -8,6 +8,7 @@ mod demo;
 mod devices;
 mod log;
 mod numbers;
+mod parents;
 mod uevent;
 mod vfio_user;
 

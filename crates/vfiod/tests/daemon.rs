@@ -58,20 +58,35 @@ fn a_device_comes_and_goes() {
 fn errors_have_their_codes() {
     let daemon = Daemon::start();
     let uuid = daemon.card();
-    let table: [(&[&str], i32); 8] = [
-        (&["start", "mtty-1", "--uuid", &uuid], 4),
-        (&["start", "mtty-1", "--uuid", "nonsense"], 2),
-        (&["start", "mtty-9"], 3),
-        (&["start", "mtty-1", "--parent", "mdpy"], 3),
-        (&["types", "nobody"], 3),
-        (&["who", "vfio7"], 3),
-        (&["wait", &uuid, "--gone", "--timeout", "0.1"], 5),
-        (&["bind", "mdev/none"], 3),
+    let start = ["start", "mtty-1"];
+    let table: [(&[&str], i32, &str); 9] = [
+        (&[&start[..], &["--uuid", &uuid]].concat(), 4, "in use"),
+        (&[&start[..], &["--uuid", "x"]].concat(), 2, "is no UUID"),
+        (&["start", "mtty-9"], 3, "no parent has this type"),
+        (
+            &[&start[..], &["--parent", "mdpy"]].concat(),
+            3,
+            "mdpy has no such type",
+        ),
+        (
+            &[&start[..], &["--parent", "none"]].concat(),
+            3,
+            "there is no parent none",
+        ),
+        (&["types", "nobody"], 3, "`vfioctl types`"),
+        (&["who", "vfio7"], 3, "`vfioctl list`"),
+        (
+            &["wait", &uuid, "--gone", "--timeout", "0.1"],
+            5,
+            "`vfioctl unbind vfio0`",
+        ),
+        (&["bind", "mdev/none"], 3, "`vfioctl list`"),
     ];
-    for (args, code) in table {
+    for (args, code, text) in table {
         let output = daemon.run(args);
         assert_eq!(output.status.code(), Some(code), "{args:?}: {output:?}");
-        assert!(!output.stderr.is_empty(), "{args:?} says nothing");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains(text), "{args:?}: {said}");
     }
     while daemon.code(&["start", "mtty-1"]) == 0 {}
     let list = daemon.json(&["list"]);
@@ -502,21 +517,106 @@ fn the_configuration_makes_devices() {
 }
 
 #[test]
-fn a_wrong_configuration_is_shown_with_its_line() {
+fn a_wrong_configuration_is_shown_where_it_is() {
     let root = tempfile::tempdir().unwrap();
     let file = root.path().join("c.toml");
-    fs::write(&file, "cdev = true\ncdve = true\n").unwrap();
-    let output = Command::new(env!("CARGO_BIN_EXE_vfiod"))
-        .args(["serve", "--check", "--config"])
-        .arg(&file)
-        .output()
-        .unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+    let mdev = |text: &str| format!("[mdevs.{uuid}]\n{text}\n");
+    let check = |config: &str| {
+        fs::write(&file, config).unwrap();
+        Command::new(env!("CARGO_BIN_EXE_vfiod"))
+            .args(["serve", "--check", "--config"])
+            .arg(&file)
+            .output()
+            .unwrap()
+    };
+    let place = format!("mdevs.{uuid}: ");
+    for (config, texts) in [
+        (
+            "cdev = true\ncdve = true\n".to_owned(),
+            ["c.toml", "line 2", "cdve"],
+        ),
+        (
+            "[nodes]\nowner = \"no-such-user\"\n".to_owned(),
+            ["nodes.owner", "no-such-user", "/etc/passwd"],
+        ),
+        (
+            "[nodes]\nsocket-group = \"no-such\"\n".to_owned(),
+            ["nodes.socket-group", "no-such", "/etc/group"],
+        ),
+        (
+            "[parents.serial]\n".to_owned(),
+            ["parents.serial", "mtty", "mdpy"],
+        ),
+        (
+            "[parents.\"a/b\"]\ndriver = \"mtty\"\n".to_owned(),
+            ["parents.a/b", "directory", "none"],
+        ),
+        (
+            "[parents.mtty]\ncount = 3\n".to_owned(),
+            ["parents.mtty", "count", "for mdpy"],
+        ),
+        (
+            "[parents.mdpy]\nports = \"pty\"\n".to_owned(),
+            ["parents.mdpy", "ports", "for mtty"],
+        ),
+        (
+            mdev("type = \"mtty-3\""),
+            [&place, "no parent has the type \"mtty-3\"", "mtty-2"],
+        ),
+        (
+            mdev("type = \"mtty-2\"\nparent = \"mdpy\""),
+            [&place, "mdpy has no type", "mdpy-vga"],
+        ),
+        (
+            mdev("type = \"mtty-2\"\nparent = \"serial\""),
+            [&place, "there is no parent", "serial"],
+        ),
+        (
+            mdev("type = \"mdpy-vga\"\nports = [\"pty\"]"),
+            [&place, "ports", "for mtty"],
+        ),
+    ] {
+        let output = check(&config);
+        assert_eq!(output.status.code(), Some(1), "{config}");
+        let said = String::from_utf8_lossy(&output.stderr);
+        for text in texts {
+            assert!(said.contains(text), "{config}: {text:?} is not in {said}");
+        }
+    }
+    let output = check(&mdev("type = \"mtty-2\"\nports = [\"pty\"]"));
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+fn what_is_in_the_way_is_named_and_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("root");
+    let serve = || {
+        let output = Command::new(env!("CARGO_BIN_EXE_vfiod"))
+            .args(["serve", "--root"])
+            .arg(&file)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    fs::write(&file, "mine").unwrap();
+    let said = serve();
     assert!(
-        said.contains("c.toml") && said.contains("line 2") && said.contains("cdve"),
+        said.contains("no directory") && said.contains("--root"),
         "{said}"
     );
+    assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
+    fs::remove_file(&file).unwrap();
+    fs::create_dir(&file).unwrap();
+    fs::write(file.join("vfiod.sock"), "mine").unwrap();
+    let said = serve();
+    assert!(
+        said.contains("vfiod.sock") && said.contains("no socket"),
+        "{said}"
+    );
+    assert_eq!(fs::read_to_string(file.join("vfiod.sock")).unwrap(), "mine");
 }
 
 #[test]

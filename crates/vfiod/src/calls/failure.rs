@@ -2,6 +2,7 @@
 
 use rustix::io::Errno;
 use std::io;
+use vfio_core::model::Waiting;
 use vfiod_control::{Failure, FailureKind};
 
 /// Why a call failed, or that the client is gone.
@@ -32,6 +33,15 @@ pub(super) fn fail(kind: FailureKind, message: String) -> Failure {
 
 pub(super) fn not_found(message: &str) -> Failure {
     fail(FailureKind::NotFound, message.to_owned())
+}
+
+/// Something was asked of a device whose users are waited for.
+pub(super) fn leaving(name: &str, waiting: &Waiting) -> Failure {
+    let what = waiting.describe();
+    errno_failure(
+        Errno::BUSY,
+        format!("{name} is {what}; `vfioctl unbind {name} --force` cuts its users off"),
+    )
 }
 
 pub(super) fn errno_failure(errno: Errno, message: String) -> Failure {

@@ -1,6 +1,6 @@
 //! Calls that make something of a device: it itself, its driver, its socket.
 
-use super::failure::{Stop, errno_failure, fail, not_found};
+use super::failure::{Stop, errno_failure, fail, leaving, not_found};
 use super::{Server, one};
 use crate::control::Peer;
 use rustix::io::Errno;
@@ -42,11 +42,14 @@ impl Server {
             })
             .collect();
         let Some((parent, ty)) = fitting.pop() else {
-            return Err(not_found(&format!(
-                "{id}: {} has this type; `vfioctl types` has all",
-                parent.unwrap_or("no parent")
-            ))
-            .into());
+            let why = match parent {
+                None => "no parent has this type".to_owned(),
+                Some(name) if class.iter().any(|device| device.name() == name) => {
+                    format!("{name} has no such type")
+                }
+                Some(name) => format!("there is no parent {name}"),
+            };
+            return Err(not_found(&format!("{id}: {why}; `vfioctl types` has all")).into());
         };
         if !fitting.is_empty() {
             return Err(fail(
@@ -56,8 +59,9 @@ impl Server {
             .into());
         }
         let uuid = match uuid {
-            Some(text) => Uuid::try_parse(text).map_err(|error| {
-                fail(FailureKind::Usage, format!("{text:?} is no UUID: {error}"))
+            Some(text) => Uuid::try_parse(text).map_err(|_| {
+                let message = format!("{text:?} is no UUID; without --uuid a random one is taken");
+                fail(FailureKind::Usage, message)
             })?,
             None => Uuid::new_v4(),
         };
@@ -73,7 +77,10 @@ impl Server {
                         None => "the UUID is in use".to_owned(),
                     },
                     Errno::NOSPC | Errno::USERS => {
-                        format!("{} has no more of them to give", parent.device().name())
+                        format!(
+                            "{} has no more of them to give; `vfioctl stop` gives one back",
+                            parent.device().name()
+                        )
                     }
                     Errno::NODEV => "its parent is going".to_owned(),
                     other => other.to_string(),
@@ -107,9 +114,7 @@ impl Server {
             .into());
         };
         if let Some(waiting) = &found.waiting {
-            return Err(
-                errno_failure(Errno::BUSY, format!("{name} is {}", waiting.describe())).into(),
-            );
+            return Err(leaving(name, waiting).into());
         }
         match self.sockets.offer(vfio, path.map(Path::new)) {
             Ok(path) => Ok(Answer::Offered {
@@ -122,9 +127,7 @@ impl Server {
     pub(super) fn bind(&self, name: &str, driver: Option<&str>) -> Result<Answer, Stop> {
         let device = self.bindable(name)?;
         if let Some(waiting) = self.core.model().unregistering_device(&device) {
-            return Err(
-                errno_failure(Errno::BUSY, format!("{name} is {}", waiting.describe())).into(),
-            );
+            return Err(leaving(name, &waiting).into());
         }
         if let Some(bound) = device.driver() {
             return if driver.is_none_or(|wanted| wanted == bound.name()) {

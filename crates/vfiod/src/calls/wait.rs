@@ -148,6 +148,9 @@ impl Server {
                     Ok(view) if view.state == State::Unregistering => {
                         self.waiting_for(&view.address).unwrap_or_default()
                     }
+                    Ok(view) if view.state == State::Registered => {
+                        format!("registered; `vfioctl unbind {label}` makes it go")
+                    }
                     Ok(view) => view.state.as_str().to_owned(),
                     Err(_) => "not released".to_owned(),
                 };
