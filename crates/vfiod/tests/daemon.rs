@@ -281,7 +281,7 @@ fn an_unregister_goes_on_when_its_client_is_killed() {
 
 #[test]
 fn users_are_cut_off_at_once_or_after_a_time() {
-    let daemon = Daemon::start();
+    let mut daemon = Daemon::start();
     for policy in [&["--force"][..], &["--timeout", "0.3"]] {
         daemon.card();
         let _held = holder(&daemon.node("vfio0"));
@@ -296,6 +296,10 @@ fn users_are_cut_off_at_once_or_after_a_time() {
         assert!(begun.elapsed() >= Duration::from_millis(least));
         assert_eq!(daemon.json(&["list"])["devices"], json!([]));
     }
+    let line = daemon.expect_log("did not leave in time");
+    // The holder's file was opened for it, here.
+    let opener = format!("(pid {})", std::process::id());
+    assert!(line.contains(&opener), "{line}");
 }
 
 #[test]

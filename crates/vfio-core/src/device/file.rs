@@ -27,6 +27,16 @@ pub struct Opener {
     pub node: Option<FileId>,
 }
 
+/// `qemu-system-x86 (pid 812)`.
+impl fmt::Display for Opener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.pid {
+            0 => f.write_str(&self.comm),
+            pid => write!(f, "{} (pid {pid})", self.comm),
+        }
+    }
+}
+
 /// An open file of a device, whatever it came through. A transport makes one per open and calls
 /// [`release`](DeviceFile::release) when the last descriptor of it is gone.
 pub struct DeviceFile {

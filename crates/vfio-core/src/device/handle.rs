@@ -457,6 +457,13 @@ impl Device {
         files.iter().filter_map(Weak::upgrade).collect()
     }
 
+    /// Who opened them, for people; empty if nobody did.
+    pub(crate) fn opened_by(&self) -> String {
+        let files = self.files();
+        let names: Vec<String> = files.iter().map(|file| file.opener().to_string()).collect();
+        names.join(", ")
+    }
+
     /// Cuts its users off.
     pub(crate) fn disassociate(&self) {
         self.head().set_life(Life::Dead);

@@ -195,10 +195,11 @@ impl Housekeeper {
                     if let Some(user) = device.upgrade().and_then(Device::stay) {
                         let device = user.device();
                         tracing::warn!(
-                            "{} {}: {} user(s) did not leave in time, cutting them off",
+                            "{} {}: {} user(s) did not leave in time, cutting them off: {}",
                             device.driver(),
                             device.parent().name(),
-                            device.users().saturating_sub(1)
+                            device.users().saturating_sub(1),
+                            device.opened_by()
                         );
                         rundown.force();
                         device.disassociate();

@@ -73,12 +73,11 @@ impl DeviceFile {
         let others = device.files();
         let mut have = others.iter().filter(|file| file.is_bound());
         if let (Errno::INVAL, Some(other)) = (errno, have.next()) {
-            let describe = |who: &super::Opener| format!("{} (pid {})", who.comm, who.pid);
             tracing::info!(
                 "vfio-dev {}: BIND by {} refused: {} has it open",
                 device.name(),
-                describe(self.opener()),
-                describe(other.opener())
+                self.opener(),
+                other.opener()
             );
         }
     }

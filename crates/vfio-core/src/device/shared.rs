@@ -100,7 +100,10 @@ impl<T> Drop for Contained<T> {
     fn drop(&mut self) {
         let value = self.0.take();
         if catch_unwind(AssertUnwindSafe(|| drop(value))).is_err() {
-            tracing::error!("a driver's release panicked; the rest of the release goes on");
+            tracing::error!(
+                "the release of a {} panicked; the rest of the release goes on",
+                std::any::type_name::<T>()
+            );
         }
     }
 }

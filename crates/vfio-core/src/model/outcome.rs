@@ -251,20 +251,13 @@ impl Device {
 
 /// `2 users of vfio3: qemu-system-x86 (pid 812), bench (pid 820)`.
 fn users_of(device: &Device) -> String {
-    let openers: Vec<String> = device
-        .files()
-        .iter()
-        .map(|file| match file.opener() {
-            opener if opener.pid == 0 => opener.comm.clone(),
-            opener => format!("{} (pid {})", opener.comm, opener.pid),
-        })
-        .collect();
+    let openers = device.opened_by();
     let count = device.users();
     let users = if count == 1 { "user" } else { "users" };
     let who = if openers.is_empty() {
         String::new()
     } else {
-        format!(": opened by {}", openers.join(", "))
+        format!(": opened by {openers}")
     };
     format!("{count} {users} of {}{who}", device.name())
 }
