@@ -1,6 +1,7 @@
 //! A small file system with one file `n`, and places to mount it.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use fuse_server::OpenFlags;
 use fuse_server::Opened;
 use fuse_server::Operation;
 use fuse_server::Policy;
+use fuse_server::ReplyData;
 use fuse_server::Request;
 use fuse_server::Root;
 use fuse_server::Workers;
@@ -276,4 +278,27 @@ pub(crate) fn until(what: &str, condition: impl Fn() -> bool) {
         assert!(start.elapsed() < PATIENCE, "waited too long until {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// The tree's file, for reading and writing.
+pub(crate) fn open(tree: &Tree) -> File {
+    File::options()
+        .read(true)
+        .write(true)
+        .open(tree.file())
+        .expect("open")
+}
+
+/// Hooks READ at offset `at`: `handle` gets the reply.
+pub(crate) fn on_read(at: u64, handle: impl Fn(ReplyData) + Send + Sync + 'static) -> Hook {
+    Box::new(move |request: Request<'_>| match request {
+        Request {
+            op: Operation::Read { offset, reply, .. },
+            ..
+        } if offset == at => {
+            handle(reply);
+            None
+        }
+        other => Some(other),
+    })
 }
