@@ -222,14 +222,7 @@ fn who_names_the_holder_and_not_the_opener() {
     // While its unregister waits, it is still known.
     let output = daemon.run(&["wait", "vfio0", "--gone", "--timeout", "0"]);
     assert_eq!(output.status.code(), Some(5));
-    let mut stop = Killed(
-        daemon
-            .command(&["stop", "vfio0"])
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap(),
-    );
-    let said = lines(stop.0.stderr.take().unwrap());
+    let (mut stop, said) = daemon.begin(&["stop", "vfio0"]);
     let line = said.recv_timeout(PATIENCE).unwrap();
     assert!(line.contains("waiting for 1 open file"), "{line}");
     let who = daemon.json(&["who", "vfio0"]);
@@ -250,14 +243,7 @@ fn an_unregister_goes_on_when_its_client_is_killed() {
     let uuid = daemon.card();
     let held = holder(&daemon.node("vfio0"));
     {
-        let mut stop = Killed(
-            daemon
-                .command(&["stop", "vfio0"])
-                .stderr(Stdio::piped())
-                .spawn()
-                .unwrap(),
-        );
-        let said = lines(stop.0.stderr.take().unwrap());
+        let (_stop, said) = daemon.begin(&["stop", "vfio0"]);
         said.recv_timeout(PATIENCE).unwrap();
     }
     let list = daemon.json(&["list"]);

@@ -110,6 +110,13 @@ impl Daemon {
         self.path("dev/vfio/devices").join(name)
     }
 
+    /// A command under way, and the lines it says on standard error.
+    pub(crate) fn begin(&self, args: &[&str]) -> (Killed, Receiver<String>) {
+        let mut child = self.command(args).stderr(Stdio::piped()).spawn().unwrap();
+        let said = lines(child.stderr.take().unwrap());
+        (Killed(child), said)
+    }
+
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(vfioctl());
         command
