@@ -1,7 +1,7 @@
 //! A FUSE request's caller as the core sees one.
 
 use crate::identify::identify;
-use crate::node::Shared;
+use crate::shared::Shared;
 use client_process::{Capability, FileId, Memory, Pid};
 use rustix::io::Errno;
 use std::ffi::OsString;

@@ -4,8 +4,9 @@ use crate::advice::Advice;
 use crate::announced::Announcers;
 use crate::files::Files;
 use crate::mounter::{Mounter, connection_config};
-use crate::node::{Node, Shared, Through, file_id};
+use crate::node::{Node, Through, file_id};
 use crate::plain::{Plain, Which};
+use crate::shared::{Shared, refuse};
 use crate::{Options, Owner};
 use client_process::FileId;
 use fuse_server::{
@@ -464,13 +465,7 @@ impl Tree {
             Operation::Releasedir { reply, .. } => reply.ok(),
             Operation::Statfs { reply } => reply.statfs(&fuse_server::Statfs::default()),
             Operation::Setattr { reply, .. } => reply.error(Errno::PERM),
-            Operation::Mknod { reply, .. } => reply.error(Errno::PERM),
-            Operation::Mkdir { reply, .. } => reply.error(Errno::PERM),
-            Operation::Create { reply, .. } => reply.error(Errno::PERM),
-            Operation::Symlink { reply, .. } => reply.error(Errno::PERM),
-            Operation::Unlink { reply, .. } => reply.error(Errno::PERM),
-            Operation::Rmdir { reply, .. } => reply.error(Errno::PERM),
-            other => other.error(Errno::NOSYS),
+            other => refuse(other, Errno::PERM),
         };
     }
 }

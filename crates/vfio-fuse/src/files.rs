@@ -12,7 +12,7 @@ const SAY_AGAIN: Duration = Duration::from_secs(10);
 
 /// A request that ends because this process has no descriptor left says so, with advice: its
 /// client sees only an errno.
-pub(crate) fn note(name: &str, errno: Errno) {
+pub(crate) fn note(name: impl FnOnce() -> String, errno: Errno) {
     static SAID: Mutex<Option<Instant>> = Mutex::new(None);
     let which = match errno {
         Errno::MFILE => "this process",
@@ -26,6 +26,7 @@ pub(crate) fn note(name: &str, errno: Errno) {
     }
     *said = Some(now);
     drop(said);
+    let name = name();
     tracing::warn!(
         "{name}: {which} has no file descriptor left, a request failed with {errno}: \
          raise LimitNOFILE (or `ulimit -n`; fs.file-max for the machine), or serve fewer clients"

@@ -16,6 +16,7 @@ mod mounter;
 mod node;
 mod plain;
 mod private;
+mod shared;
 mod sys;
 
 pub use dev::Dev;

@@ -273,7 +273,7 @@ impl Mounter {
                             Ok(own) if state.stopping => unwanted = Some(own),
                             Ok(own) => unwanted = state.own.insert(node.serial, own),
                             Err(errno) => {
-                                crate::files::note(&node.name, errno);
+                                crate::files::note(|| node.name.clone(), errno);
                                 tracing::debug!(
                                     "{}: no connection of its own, it shares: {errno}",
                                     node.name

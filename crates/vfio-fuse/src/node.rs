@@ -1,13 +1,11 @@
 //! A device's node: what its requests mean, on whichever connection they come.
 
 use crate::Owner;
-use crate::advice::Advice;
-use crate::announced::Announcers;
 use crate::caller::{FuseCaller, opener};
-use crate::files::{Files, note};
-use crate::identify::{IDENTIFY, is_ours};
+use crate::files::note;
 use crate::mounter::Mounter;
 use crate::private;
+use crate::shared::{Ioctl, Ownership, Shared};
 use client_process::FileId;
 use fuse_server::{
     Answered, Attr, BackingId, Connection, Handler, OpenFlags, Opened, Operation, ReplyAttr,
@@ -15,63 +13,13 @@ use fuse_server::{
 };
 use rustix::io::Errno;
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use vfio_core::caller::FileObject;
 use vfio_core::device::{Device, DeviceFile, WeakDevice};
 use vfio_uapi::ioctl::FileKind;
 use vfio_uapi::private::{FEATURE, OPEN_DATA, OPEN_DEVICE, WHAT, What, kind};
-
-/// What all nodes share.
-#[derive(Debug)]
-pub(crate) struct Shared {
-    pub(crate) files: Files<FileObject>,
-    /// The file system of the `dev` tree, known once it is mounted.
-    pub(crate) mount: OnceLock<u64>,
-    /// Where devices have theirs.
-    pub(crate) mounter: Arc<Mounter>,
-    pub(crate) config: vfio_core::Config,
-    pub(crate) advice: Advice,
-    pub(crate) announcers: Announcers,
-    /// The open file of each group's node, by the node: a group is open once at a time.
-    pub(crate) open_groups: Mutex<HashMap<u64, u64>>,
-    pub(crate) ioctl_deadline: Duration,
-    pub(crate) passthrough: bool,
-}
-
-impl Shared {
-    /// True if a file system is one that this daemon serves: its files may be asked.
-    pub(crate) fn is_our_mount(&self, dev: u64) -> bool {
-        self.mount.get() == Some(&dev) || self.mounter.has_mount(dev)
-    }
-
-    pub(crate) fn open_groups(&self) -> MutexGuard<'_, HashMap<u64, u64>> {
-        self.open_groups
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The open file of a group whose node this is.
-    ///
-    /// It is the one that a descriptor of that node stands for, as long as that descriptor is open and
-    /// takes ioctls: a group is open once at a time, until the kernel has let go of that file.
-    pub(crate) fn open_group(&self, id: FileId) -> Option<FileObject> {
-        if self.mount.get() != Some(&id.dev) {
-            return None;
-        }
-        let fh = *self.open_groups().get(&id.ino)?;
-        self.files.get(fh)
-    }
-
-    /// What is served on the `dev` connection, as a scan of processes finds it.
-    pub(crate) fn file_id(&self, ino: u64) -> Option<FileId> {
-        Some(FileId {
-            dev: *self.mount.get()?,
-            ino,
-        })
-    }
-}
 
 /// A node that the kernel knows of.
 #[derive(Debug)]
@@ -81,7 +29,7 @@ pub(crate) struct Node {
     pub(crate) index: u32,
     pub(crate) name: String,
     pub(crate) device: WeakDevice,
-    owner: Mutex<Owner>,
+    owner: Ownership,
 }
 
 /// The node of a device's own connection.
@@ -151,29 +99,17 @@ impl Node {
             index: device.index(),
             name: device.name(),
             device: device.downgrade(),
-            owner: Mutex::new(owner),
+            owner: Ownership::new(owner),
         }
     }
 
-    /// A regular file of size 0: all that lies in it is reached by direct reads and writes and by
-    /// mappings of its backing, and a private mapping of a node without one faults at once
-    /// instead of asking this server for pages.
     pub(crate) fn attr(&self, ino: u64) -> Attr {
-        let owner = *self.owner.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut attr = Attr::new(ino, 0o100_000 | owner.mode, 0);
-        (attr.uid, attr.gid) = (owner.uid, owner.gid);
-        attr
+        self.owner.attr(ino)
     }
 
-    /// chmod and chown, as udev does them; `O_TRUNC` at open is nothing, ftruncate is `EINVAL`, as
-    /// on a char device.
     fn setattr(&self, through: &Through, attrs: &SetAttrs, ino: u64, reply: ReplyAttr) -> Answered {
-        if attrs.size.is_some() && attrs.fh.is_some() {
-            return reply.error(Errno::INVAL);
-        }
-        {
-            let mut owner = self.owner.lock().unwrap_or_else(PoisonError::into_inner);
-            change(&mut owner, attrs);
+        if let Err(errno) = self.owner.change(attrs) {
+            return reply.error(errno);
         }
         if through.lifetime.is_zero() {
             self.shared.mounter.changed(self.serial);
@@ -196,7 +132,7 @@ impl Node {
         let file = match self.new_file(through, tid, &reply) {
             Ok(file) => file,
             Err(errno) => {
-                note(&self.name, errno);
+                note(|| self.name.clone(), errno);
                 let _ = reply.error(errno);
                 return;
             }
@@ -270,46 +206,32 @@ impl Node {
 
     /// What the node is.
     fn what(&self) -> What {
-        let owner = *self.owner.lock().unwrap_or_else(PoisonError::into_inner);
         What {
             argsz: 0,
             kind: kind::DEVICE,
             major: self.shared.config.cdev_major,
             minor: self.index,
-            mode: owner.mode,
+            mode: self.owner.get().mode,
             index: self.index,
         }
     }
 
-    pub(crate) fn ioctl(&self, fh: u64, cmd: u32, arg: u64, tid: u32, reply: ReplyIoctl) {
-        let Some(file) = self.shared.files.device(fh) else {
+    fn ioctl(&self, ioctl: Ioctl, reply: ReplyIoctl) {
+        let Some(file) = self.shared.files.device(ioctl.fh) else {
             let _ = reply.error(Errno::BADF);
             return;
         };
-        if cmd == IDENTIFY && is_ours(tid) {
-            let _ = private::identified(fh, reply);
-            return;
-        }
-        reply.set_deadline(Instant::now() + self.shared.ioctl_deadline, Errno::TIMEDOUT);
-        let caller = FuseCaller::new(tid, &self.shared);
-        let result = caller.and_then(|caller| match cmd {
-            WHAT => private::what(&caller, arg, self.what()),
-            OPEN_DEVICE => private::open_device(&file, &caller, arg),
-            FEATURE => file.feature_with_files(arg, &caller),
-            OPEN_DATA => private::open_data(&file, &caller, arg),
-            _ => file.ioctl(cmd, arg, &caller),
-        });
-        drop(file);
-        if result == Err(Errno::OPNOTSUPP) {
-            self.shared.advice.give(FileKind::Device, cmd, tid);
-        }
-        let _ = match result {
-            Ok(value) => reply.result(i32::try_from(value).unwrap_or(i32::MAX), &[]),
-            Err(errno) => {
-                note(&self.name, errno);
-                reply.error(errno)
-            }
+        let Ioctl { cmd, arg, .. } = ioctl;
+        let name = || self.name.clone();
+        let answer = move |caller: &FuseCaller<'_>| match cmd {
+            WHAT => private::what(caller, arg, self.what()),
+            OPEN_DEVICE => private::open_device(&file, caller, arg),
+            FEATURE => file.feature_with_files(arg, caller),
+            OPEN_DATA => private::open_data(&file, caller, arg),
+            _ => file.ioctl(cmd, arg, caller),
         };
+        self.shared
+            .ioctl(ioctl, reply, FileKind::Device, name, answer);
     }
 
     pub(crate) fn handle(&self, through: &Through, ino: u64, request: Request<'_>) {
@@ -360,7 +282,7 @@ impl Node {
                 reply,
                 ..
             } => {
-                self.ioctl(fh, cmd, arg, tid, reply);
+                self.ioctl(Ioctl { fh, cmd, arg, tid }, reply);
                 return;
             }
             Operation::Open { flags, reply } => {
@@ -380,18 +302,6 @@ impl Node {
             // POLL among them: without it the kernel says "always ready", as for a VFIO file.
             other => other.error(Errno::NOSYS),
         };
-    }
-}
-
-pub(crate) fn change(owner: &mut Owner, attrs: &SetAttrs) {
-    if let Some(mode) = attrs.mode {
-        owner.mode = mode & 0o7777;
-    }
-    if let Some(uid) = attrs.uid {
-        owner.uid = uid;
-    }
-    if let Some(gid) = attrs.gid {
-        owner.gid = gid;
     }
 }
 

@@ -2,14 +2,11 @@
 
 use crate::Owner;
 use crate::caller::{FuseCaller, opener};
-use crate::files::note;
-use crate::identify::{IDENTIFY, is_ours};
-use crate::node::{Shared, change};
 use crate::private;
+use crate::shared::{Ioctl, Ownership, Shared};
 use fuse_server::{Attr, OpenFlags, Opened, Operation, ReplyIoctl, ReplyOpen, Request};
 use rustix::io::Errno;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::sync::Arc;
 use vfio_core::caller::FileObject;
 use vfio_core::container::Container;
 use vfio_core::group::Group;
@@ -37,7 +34,7 @@ pub(crate) struct Plain {
     pub(crate) which: Which,
     shared: Arc<Shared>,
     ino: u64,
-    owner: Mutex<Owner>,
+    owner: Ownership,
 }
 
 impl Plain {
@@ -46,19 +43,12 @@ impl Plain {
             which,
             shared: Arc::clone(shared),
             ino,
-            owner: Mutex::new(owner),
+            owner: Ownership::new(owner),
         }
     }
 
-    fn owner(&self) -> Owner {
-        *self.owner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub(crate) fn attr(&self) -> Attr {
-        let owner = self.owner();
-        let mut attr = Attr::new(self.ino, 0o100_000 | owner.mode, 0);
-        (attr.uid, attr.gid) = (owner.uid, owner.gid);
-        attr
+        self.owner.attr(self.ino)
     }
 
     /// For messages.
@@ -90,7 +80,7 @@ impl Plain {
             kind,
             major,
             minor,
-            mode: self.owner().mode,
+            mode: self.owner.get().mode,
             index,
         }
     }
@@ -141,36 +131,24 @@ impl Plain {
         }
     }
 
-    fn ioctl(&self, fh: u64, cmd: u32, arg: u64, tid: u32, reply: ReplyIoctl) {
-        let Some(file) = self.shared.files.get(fh) else {
+    fn ioctl(&self, ioctl: Ioctl, reply: ReplyIoctl) {
+        let Some(file) = self.shared.files.get(ioctl.fh) else {
             let _ = reply.error(Errno::BADF);
             return;
         };
-        if cmd == IDENTIFY && is_ours(tid) {
-            let _ = private::identified(fh, reply);
-            return;
-        }
-        reply.set_deadline(Instant::now() + self.shared.ioctl_deadline, Errno::TIMEDOUT);
-        let caller = FuseCaller::new(tid, &self.shared);
-        let result = caller.and_then(|caller| match (&file, cmd) {
-            (_, WHAT) => private::what(&caller, arg, self.what()),
-            (FileObject::Group(group), ANNOUNCE) => self.shared.announcers.add(group, &caller, arg),
-            (FileObject::Group(group), FIND_DEVICE) => private::find_device(group, &caller, arg),
-            (FileObject::Iommufd(context), _) => context.ioctl(cmd, arg, &caller),
-            (FileObject::Container(container), _) => container.ioctl(cmd, arg, &caller),
-            (FileObject::Group(group), _) => group.ioctl(cmd, arg, &caller),
+        let Ioctl { cmd, arg, .. } = ioctl;
+        let answer = move |caller: &FuseCaller<'_>| match (&file, cmd) {
+            (_, WHAT) => private::what(caller, arg, self.what()),
+            (FileObject::Group(group), ANNOUNCE) => self.shared.announcers.add(group, caller, arg),
+            (FileObject::Group(group), FIND_DEVICE) => private::find_device(group, caller, arg),
+            (FileObject::Iommufd(context), _) => context.ioctl(cmd, arg, caller),
+            (FileObject::Container(container), _) => container.ioctl(cmd, arg, caller),
+            (FileObject::Group(group), _) => group.ioctl(cmd, arg, caller),
             _ => Err(Errno::BADF),
-        });
-        let _ = match result {
-            Ok(value) => reply.result(i32::try_from(value).unwrap_or(i32::MAX), &[]),
-            Err(errno) => {
-                if errno == Errno::OPNOTSUPP {
-                    self.shared.advice.give(self.file_kind(), cmd, tid);
-                }
-                note(&self.name(), errno);
-                reply.error(errno)
-            }
         };
+        let kind = self.file_kind();
+        self.shared
+            .ioctl(ioctl, reply, kind, || self.name(), answer);
     }
 
     pub(crate) fn handle(&self, request: Request<'_>) {
@@ -183,7 +161,7 @@ impl Plain {
                 reply,
                 ..
             } => {
-                self.ioctl(fh, cmd, arg, tid, reply);
+                self.ioctl(Ioctl { fh, cmd, arg, tid }, reply);
                 return;
             }
             Operation::Open { flags, reply } => {
@@ -195,16 +173,10 @@ impl Plain {
                 reply.ok()
             }
             Operation::Getattr { reply, .. } => reply.attr(&self.attr()),
-            Operation::Setattr { attrs, reply } => {
-                if attrs.size.is_some() && attrs.fh.is_some() {
-                    reply.error(Errno::INVAL)
-                } else {
-                    let mut owner = self.owner.lock().unwrap_or_else(PoisonError::into_inner);
-                    change(&mut owner, &attrs);
-                    drop(owner);
-                    reply.attr(&self.attr())
-                }
-            }
+            Operation::Setattr { attrs, reply } => match self.owner.change(&attrs) {
+                Ok(()) => reply.attr(&self.attr()),
+                Err(errno) => reply.error(errno),
+            },
             Operation::Read { reply, .. } => reply.error(Errno::INVAL),
             Operation::Write { reply, .. } => reply.error(Errno::INVAL),
             Operation::Flush { reply, .. } => reply.ok(),

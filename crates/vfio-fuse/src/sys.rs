@@ -12,6 +12,7 @@
 use crate::Options;
 use crate::dev::make_dir;
 use crate::files::Files;
+use crate::shared::refuse;
 use fuse_server::{
     Attr, Config, Connection, Entry, Features, Handler, Mount, MountOptions, OpenFlags, Opened,
     Operation, Policy, ReplyEntry, ReplyWrite, Request, Workers,
@@ -459,15 +460,7 @@ impl Handler for Tree {
             Operation::Fsync { reply, .. } => reply.ok(),
             Operation::Statfs { reply } => reply.statfs(&fuse_server::Statfs::default()),
             // There is nothing to make or remove here (`fs/kernfs`: no such operations).
-            Operation::Create { reply, .. } => reply.error(Errno::ACCESS),
-            Operation::Mknod { reply, .. } => reply.error(Errno::PERM),
-            Operation::Mkdir { reply, .. } => reply.error(Errno::PERM),
-            Operation::Symlink { reply, .. } => reply.error(Errno::PERM),
-            Operation::Unlink { reply, .. } => reply.error(Errno::PERM),
-            Operation::Rmdir { reply, .. } => reply.error(Errno::PERM),
-            Operation::Rename { reply, .. } => reply.error(Errno::PERM),
-            Operation::Link { reply, .. } => reply.error(Errno::PERM),
-            other => other.error(Errno::NOSYS),
+            other => refuse(other, Errno::ACCESS),
         };
     }
 }
