@@ -188,8 +188,9 @@ pub(crate) struct VfioUser {
     /// Users, by name or number, who may be served beside root, whatever the mode lets through;
     /// everybody by default.
     pub(crate) users: Option<Vec<User>>,
-    /// True to look for requests without sleeping while a client is connected: a processor each
-    /// for less latency. False by default.
+    /// True to look for a client's requests without sleeping, until it is silent for a second: a
+    /// processor each for less latency. One processor is always left alone: clients beyond, and all
+    /// of them where there is only one, are served as if it were false. False by default.
     pub(crate) poll: Option<bool>,
 }
 

@@ -200,6 +200,73 @@ fn the_configuration_says_who_may_connect() {
     assert_eq!(who["refused"][0]["uid"], 65534, "{who}");
 }
 
+/// True if a thread that serves vfio-user runs or wants to; one that waits does not.
+fn polls(pid: u32) -> bool {
+    fs::read_dir(format!("/proc/{pid}/task"))
+        .unwrap()
+        .any(|task| {
+            let stat = task.and_then(|task| fs::read_to_string(task.path().join("stat")));
+            stat.is_ok_and(|stat| stat.contains("(vfio-user) R "))
+        })
+}
+
+#[test]
+fn a_polled_client_is_served_and_keeps_nothing_up() {
+    if std::thread::available_parallelism().unwrap().get() < 2 {
+        vfiod_tests::skip("one processor, and polling never takes the last");
+        return;
+    }
+    let mut daemon = Daemon::with_config(&(ALL.to_owned() + "poll = true\n"));
+    let pid = daemon.child.id();
+    let uuid = daemon.card();
+    let path = socket(&daemon, &uuid);
+    let mut client = Client::connect(&path).unwrap();
+    assert_is_mtty(&mut client);
+    until("polled", || polls(pid).then_some(()));
+    // It is silent: the processor is given back, the device is not.
+    until("it rests", || {
+        let looks = (0..100).all(|_| !polls(pid));
+        looks.then_some(())
+    });
+    assert_is_mtty(&mut client);
+    until("polled again", || polls(pid).then_some(()));
+
+    // Another process has the connection, and is killed.
+    let socket = client.socket().try_clone().unwrap();
+    let mut holder = Killed(
+        Command::new("sleep")
+            .arg("1000")
+            .stdin(std::process::Stdio::from(std::os::fd::OwnedFd::from(
+                socket,
+            )))
+            .spawn()
+            .unwrap(),
+    );
+    assert_is_mtty(&mut client);
+    drop(client);
+    assert_eq!(
+        daemon.json(&["show", "vfio0"])["show"]["device"]["users"],
+        1
+    );
+    holder.0.kill().unwrap();
+    until("closed", || {
+        (daemon.json(&["show", "vfio0"])["show"]["device"]["users"] == 0).then_some(())
+    });
+
+    // Neither an unbind nor the daemon's own end waits for one who polls.
+    let mut client = Client::connect(&path).unwrap();
+    assert_is_mtty(&mut client);
+    daemon.text(&["unbind", "vfio0", "--force"]);
+    assert!(client.device_info().is_err(), "it is still served");
+    daemon.text(&["bind", &uuid]);
+    let mut client = Client::connect(&path).unwrap();
+    assert_is_mtty(&mut client);
+    until("polled", || polls(pid).then_some(()));
+    daemon.signal(Signal::TERM);
+    assert!(daemon.wait().success());
+    assert!(client.device_info().is_err());
+}
+
 #[test]
 fn what_cannot_be_is_said_at_start() {
     let check = |config: &str, text: &str| {

@@ -21,6 +21,9 @@ use zerocopy::IntoBytes;
 /// connection rests, and the next message costs one turn at the epoll set more.
 const LINGER: Duration = Duration::from_millis(100);
 
+/// How long a client that is polled may be silent before it rests as well.
+const SILENCE: Duration = Duration::from_secs(1);
+
 /// How long a client may take to say VERSION.
 const HELLO: Duration = Duration::from_secs(10);
 
@@ -60,6 +63,7 @@ pub(super) struct Connection {
     reply: Reply,
     /// When it has waited too long, if it waits for something that must come.
     deadline: Option<Instant>,
+    /// Whether its offer wants it polled.
     polls: bool,
 }
 
@@ -170,13 +174,18 @@ impl Connection {
         if !self.pipe().flush()? {
             return Ok(self.must_wait());
         }
+        let mut polling = None;
+        let mut silent_since = None;
         loop {
             while self.step(hub)? {
                 if self.pipe().has_unsent() && !self.pipe().flush()? {
                     return Ok(self.must_wait());
                 }
             }
-            let blocks = !self.polls && hub.may_block();
+            if self.polls && polling.is_none() && self.has_session() {
+                polling = hub.poll();
+            }
+            let blocks = polling.is_none() && hub.may_block();
             let flags = if blocks {
                 RecvFlags::empty()
             } else {
@@ -185,25 +194,36 @@ impl Connection {
             let socket = pipe(&self.link, self.is_twin());
             match socket::receive(socket, self.receiver.room(), flags) {
                 Ok(got) if got.bytes == 0 => return Ok(Next::Closed),
-                Ok(got) => self.receiver.fed(got.bytes, got.fds, got.lost),
+                Ok(got) => {
+                    self.receiver.fed(got.bytes, got.fds, got.lost);
+                    silent_since = None;
+                }
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) if self.polls && self.has_session() && !hub.is_stopped() => {
-                    std::hint::spin_loop();
-                }
-                Err(Errno::AGAIN) => {
-                    self.receiver.shrink();
-                    self.reply = Reply::default();
-                    if self.has_session() {
-                        self.deadline = None;
+                Err(Errno::AGAIN) if polling.is_some() && !hub.is_left() => {
+                    let now = Instant::now();
+                    if now - *silent_since.get_or_insert(now) > SILENCE {
+                        return Ok(self.rest());
                     }
-                    return Ok(Next::Read);
+                    // Whoever else wants this processor has it first, the client above all.
+                    std::thread::yield_now();
                 }
+                Err(Errno::AGAIN) => return Ok(self.rest()),
                 Err(errno) => return Err(errno),
             }
             if hub.is_stopped() {
                 return Ok(Next::Closed);
             }
         }
+    }
+
+    /// Nothing has come for a while.
+    fn rest(&mut self) -> Next {
+        self.receiver.shrink();
+        self.reply = Reply::default();
+        if self.has_session() {
+            self.deadline = None;
+        }
+        Next::Read
     }
 
     fn must_wait(&mut self) -> Next {

@@ -42,8 +42,12 @@ pub(super) struct Hub {
     entries: Mutex<Entries>,
     /// Threads at the set.
     waiting: AtomicUsize,
+    /// The last one has left it, and there is none to be had in its place.
+    is_left: AtomicBool,
     /// All threads.
     threads: AtomicUsize,
+    /// Those that poll.
+    pollers: AtomicUsize,
     pub(super) options: Options,
 }
 
@@ -67,6 +71,16 @@ enum What {
     Resting(Box<Connection>),
     /// A thread has it.
     Busy,
+}
+
+/// A thread that polls, in their number.
+#[derive(Debug)]
+pub(super) struct Polling<'a>(&'a AtomicUsize);
+
+impl Drop for Polling<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 impl Entries {
@@ -124,7 +138,9 @@ impl Hub {
             is_stopped: AtomicBool::new(false),
             entries: Mutex::default(),
             waiting: AtomicUsize::new(0),
+            is_left: AtomicBool::new(false),
             threads: AtomicUsize::new(0),
+            pollers: AtomicUsize::new(0),
             options,
         });
         epoll::add(
@@ -155,6 +171,24 @@ impl Hub {
     /// Whether the calling thread may block: another one waits at the set.
     pub(super) fn may_block(&self) -> bool {
         self.waiting.load(Ordering::SeqCst) > 0
+    }
+
+    /// Whether the calling thread is wanted at the set, however busy it is: nobody else goes there.
+    pub(super) fn is_left(&self) -> bool {
+        self.is_left.load(Ordering::SeqCst)
+    }
+
+    /// Lets the calling thread poll until the value is dropped, unless enough do already.
+    pub(super) fn poll(&self) -> Option<Polling<'_>> {
+        let one_more = |pollers| (pollers < self.options.pollers).then_some(pollers + 1);
+        let order = Ordering::SeqCst;
+        self.pollers.fetch_update(order, order, one_more).ok()?;
+        Some(Polling(&self.pollers))
+    }
+
+    /// How many threads poll.
+    pub(super) fn polled(&self) -> usize {
+        self.pollers.load(Ordering::SeqCst)
     }
 
     /// Watches a listening socket; its key.
@@ -255,9 +289,9 @@ impl Hub {
             if let (Ok(_), Some(event)) = (got, events.first()) {
                 let key = event.data.u64();
                 let is_crowded = self.threads.load(Ordering::SeqCst) >= self.options.threads.max(1);
-                if left == 0 && key > TIMER && !is_crowded {
+                if left == 0 && key > TIMER && (is_crowded || self.spawn().is_err()) {
                     // Without a successor this one serves what is there and comes back.
-                    let _ = self.spawn();
+                    self.is_left.store(true, Ordering::SeqCst);
                 }
                 self.event(key);
             }
@@ -265,6 +299,7 @@ impl Hub {
                 self.waiting.fetch_sub(1, Ordering::SeqCst);
                 break;
             }
+            self.is_left.store(false, Ordering::SeqCst);
         }
         self.threads.fetch_sub(1, Ordering::SeqCst);
     }

@@ -27,6 +27,10 @@ pub struct Options {
     /// Most different files behind the windows of one connection: each costs a descriptor and a
     /// mapping. One more is `EMFILE`.
     pub files: usize,
+    /// Most connections that are polled at once, of those whose offer asks for it
+    /// ([`OfferOptions::poll`]); further ones are served as if it did not. By default one less than
+    /// the processors this process may use: whoever polls must not take the last one.
+    pub pollers: usize,
 }
 
 impl Default for Options {
@@ -35,6 +39,7 @@ impl Default for Options {
             threads: 512,
             windows: 1_000_000,
             files: 1024,
+            pollers: std::thread::available_parallelism().map_or(0, |most| most.get() - 1),
         }
     }
 }
@@ -74,8 +79,18 @@ impl Server {
     ///
     /// # Errors
     /// As [`offer`](Server::offer).
-    pub fn serve(&self, device: &Device, stream: UnixStream) -> io::Result<Offer> {
-        Offer::new(&self.0, device, None, Some(stream), OfferOptions::default())
+    pub fn serve(
+        &self,
+        device: &Device,
+        stream: UnixStream,
+        options: OfferOptions,
+    ) -> io::Result<Offer> {
+        Offer::new(&self.0, device, None, Some(stream), options)
+    }
+
+    /// How many connections are polled at this moment: each keeps a processor busy.
+    pub fn polled(&self) -> usize {
+        self.0.polled()
     }
 }
 

@@ -33,8 +33,9 @@ pub struct OfferOptions {
     /// Groups whose members may connect, by the primary group of the peer's credentials, in
     /// addition to `uids`.
     pub gids: Vec<u32>,
-    /// Serve a connected client with a thread of its own that never sleeps: a processor for the
-    /// latency of one wake-up less.
+    /// Look for a client's next message without sleeping: a processor for the latency of one wake-up
+    /// less. It ends when the client has said nothing for a second and begins again with its next
+    /// message, and only [`Options::pollers`](super::Options::pollers) are polled at once.
     pub poll: bool,
 }
 

@@ -261,6 +261,16 @@ fn permissions(config: &Config) -> anyhow::Result<Permissions> {
     })
 }
 
+/// Whether clients are polled, if that is asked for; says so where it has no effect.
+fn polls(asked: bool) -> bool {
+    if asked && vfio_user::Options::default().pollers == 0 {
+        tracing::warn!(
+            "poll has no effect: there is one processor to run on, and polling never takes the last"
+        );
+    }
+    asked
+}
+
 fn options(config: &Config) -> anyhow::Result<OfferOptions> {
     let uid = |user: &User| match user {
         User::Number(uid) => Ok(*uid),
@@ -277,7 +287,7 @@ fn options(config: &Config) -> anyhow::Result<OfferOptions> {
             .iter()
             .map(uid)
             .collect::<anyhow::Result<_>>()?,
-        poll: config.vfio_user.poll.unwrap_or_default(),
+        poll: polls(config.vfio_user.poll.unwrap_or_default()),
         ..OfferOptions::default()
     })
 }

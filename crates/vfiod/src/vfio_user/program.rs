@@ -43,7 +43,8 @@ pub(crate) struct Program {
     /// The UUID of the device, for the log and `{uuid}` in places; a random one otherwise.
     #[arg(long)]
     uuid: Option<Uuid>,
-    /// Look for requests without sleeping while a client is connected.
+    /// Look for requests without sleeping while the client speaks, until it is silent for a second:
+    /// a processor for less latency. Without effect where there is only one.
     #[arg(long)]
     poll: bool,
     /// error, warn, info, debug or trace, or directives as in RUST_LOG, which it overrides.
@@ -114,12 +115,12 @@ pub(crate) fn serve_one(program: &Program) -> anyhow::Result<()> {
     let (ends, end) = channel();
     let server = Server::start(Options::default()).context("starting the vfio-user server")?;
     let options = OfferOptions {
-        poll: program.poll,
+        poll: super::polls(program.poll),
         ..OfferOptions::default()
     };
     let mut name = None;
     let offer = match (inherited, &program.socket_path) {
-        (Some(Inherited::Connected(stream)), _) => server.serve(&device, stream),
+        (Some(Inherited::Connected(stream)), _) => server.serve(&device, stream, options),
         (Some(Inherited::Listening(listener)), _) => server.offer(&device, listener, options),
         (None, Some(path)) => {
             let permissions = Permissions {
