@@ -4,12 +4,15 @@
 mod common;
 
 use common::*;
+use rustix::fs::{Gid, Uid};
 use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::RwLock;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use vfio_core::Errno;
+use vfio_user::client::{Client, Error};
 use vfio_user::wire::{DmaAccess, DmaUnmap, MAX_DATA, RegionAccess, command};
 use vfio_user::{OfferOptions, Options};
 use zerocopy::IntoBytes;
@@ -391,23 +394,56 @@ fn whoever_keeps_the_devices_memory_keeps_the_device() {
     drop(host.connect());
 }
 
+/// Connects as another user and group; only this thread becomes them.
+fn as_user(host: &Host, uid: u32, gid: u32) -> Result<(), Error> {
+    let path = host.path();
+    let connects = move || {
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+        rustix::thread::set_thread_groups(&[]).unwrap();
+        rustix::thread::set_thread_res_gid(gid, gid, gid).unwrap();
+        rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
+        Client::connect(path).map(drop)
+    };
+    let done = std::thread::spawn(connects).join().unwrap();
+    if done.is_ok() {
+        host.until_free();
+    }
+    done
+}
+
 #[test]
 fn only_those_who_may_are_served() {
+    const NOBODY: u32 = 65534;
     let _guard = with_others();
-    let me = rustix::process::getuid().as_raw();
+    if !rustix::process::geteuid().is_root() {
+        vfiod_tests::skip("only root can connect as other users");
+        return;
+    }
     let offer = OfferOptions {
-        uids: vec![me + 1],
+        uids: vec![1],
+        gids: vec![2],
         ..OfferOptions::default()
     };
     let host = Host::with(Options::default(), offer);
-    if me == 0 {
-        // Root always may; so no one else can be played here, but the rule itself shows.
-        drop(host.connect());
-        return;
+    // Whatever the file system lets through.
+    let open = |path, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode));
+    open(host.dir.path().to_owned(), 0o755).unwrap();
+    open(host.path(), 0o666).unwrap();
+    for (uid, gid) in [(NOBODY, NOBODY), (2, 1), (NOBODY, 1)] {
+        let refused = as_user(&host, uid, gid);
+        assert!(refused.is_err(), "user {uid}, group {gid} is served");
+        let last = host.offer().refused().pop().unwrap();
+        assert_eq!((last.errno, last.uid), (Errno::ACCESS, uid));
+        assert_eq!(last.pid, std::process::id());
+        let reason = format!("user {uid} (group {gid}) is not allowed");
+        assert_eq!(last.reason, reason);
     }
-    let mut raw = host.raw();
-    assert!(raw.is_closed());
-    assert_eq!(host.offer().refused()[0].errno, Errno::ACCESS);
+    assert_eq!(host.seen.opened.load(Ordering::SeqCst), 0);
+    for (uid, gid) in [(1, NOBODY), (NOBODY, 2), (0, NOBODY)] {
+        as_user(&host, uid, gid).unwrap();
+    }
+    assert_eq!(host.seen.opened.load(Ordering::SeqCst), 3);
+    assert_eq!(host.offer().refused().len(), 3);
 }
 
 #[test]
