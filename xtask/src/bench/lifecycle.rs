@@ -20,6 +20,7 @@ use vfio_core::model::Subsystem;
 
 use super::Benchmark;
 use super::Goal;
+use super::card;
 use super::measure::Measured;
 use super::measure::Pinned;
 use super::measure::typical;
@@ -27,7 +28,6 @@ use super::peer::Converse;
 use super::peer::Peer;
 use super::peer::Role;
 use super::peer::word;
-use super::served;
 
 /// Lives in one round.
 const LIVES: u32 = 20_000;
@@ -113,8 +113,8 @@ impl Devices {
             autoprobe: true,
         };
         let bus = core.model().add_bus("bench", options)?;
-        let (outside, _) = served::nowhere();
-        let driver = bus.add_driver(&core, served::Driver(outside))?;
+        let (outside, _) = card::Outside::new();
+        let driver = bus.add_driver(&core, card::Driver(outside))?;
         let root = BusDevice::new("/devices", "bench", None);
         root.add(&core)?;
         let all = (0..count)

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: speed as ratios between two things measured in the same run, so that
 //! the machine cancels out. The rows are in the files beside this one.
 
+mod card;
 mod client;
 mod container;
 mod dma;

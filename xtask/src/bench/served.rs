@@ -2,153 +2,24 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::PoisonError;
-use std::sync::atomic::AtomicU32;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
-use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::bail;
 use nix::sys::uio;
-use rustix::io::Errno;
 use vfio_core::Config;
 use vfio_core::Core;
-use vfio_core::device::DeviceInfo;
-use vfio_core::device::DeviceOps;
-use vfio_core::device::Dma;
-use vfio_core::device::InitCx;
-use vfio_core::device::IrqInfo;
-use vfio_core::device::OpenCx;
-use vfio_core::device::RegionInfo;
-use vfio_core::device::RegionPos;
-use vfio_core::irq::SetIrqs;
-use vfio_core::model::BusDevice;
-use vfio_core::model::VfioDriver;
 use vfio_core::model::faux;
 use vfio_fuse::Dev;
-use vfio_uapi::device::InfoFlags;
-use vfio_uapi::device::IrqFlags;
-use vfio_uapi::device::RegionFlags;
 
+use super::card::Driver;
+use super::card::Outside;
 use super::measure;
 use super::peer::Converse;
-use super::peer::now;
 use super::peer::word;
 use super::raw::Mapped;
-
-/// Where a device leaves what the benchmark needs of it.
-#[derive(Debug)]
-pub(super) struct Outside {
-    dma: Mutex<Option<Dma>>,
-    closed: Sender<u64>,
-}
-
-/// A register and a way to memory.
-#[derive(Debug)]
-pub(super) struct Card {
-    register: AtomicU32,
-    outside: Arc<Outside>,
-}
-
-impl DeviceOps for Card {
-    const NAME: &'static str = "card";
-    type Args = Arc<Outside>;
-    type Session = ();
-
-    fn init(_cx: &InitCx<'_>, outside: Arc<Outside>) -> vfio_core::Result<Self> {
-        Ok(Self {
-            register: AtomicU32::new(0),
-            outside,
-        })
-    }
-
-    fn open(&self, cx: &OpenCx<'_>) -> vfio_core::Result<()> {
-        *self.dma() = Some(cx.dma().clone());
-        Ok(())
-    }
-
-    fn close(&self, (): ()) {
-        // Nobody may be listening.
-        let _ = self.outside.closed.send(now());
-        *self.dma() = None;
-    }
-
-    fn info(&self) -> DeviceInfo {
-        DeviceInfo {
-            flags: InfoFlags::PCI,
-            num_regions: 1,
-            num_irqs: 1,
-        }
-    }
-
-    fn region(&self, _index: u32) -> vfio_core::Result<RegionInfo> {
-        Ok(RegionInfo {
-            size: 4,
-            flags: RegionFlags::READ | RegionFlags::WRITE,
-            caps: Vec::new(),
-        })
-    }
-
-    fn irq(&self, _index: u32) -> vfio_core::Result<IrqInfo> {
-        Ok(IrqInfo {
-            flags: IrqFlags::EVENTFD,
-            count: 1,
-        })
-    }
-
-    fn read(&self, (): &(), _at: RegionPos, buf: &mut [u8]) -> vfio_core::Result<usize> {
-        let value = self.register.load(Ordering::Relaxed).to_le_bytes();
-        buf.get_mut(..4)
-            .ok_or(Errno::INVAL)?
-            .copy_from_slice(&value);
-        Ok(4)
-    }
-
-    fn write(&self, (): &(), _at: RegionPos, data: &[u8]) -> vfio_core::Result<usize> {
-        let value = data.first_chunk().ok_or(Errno::INVAL)?;
-        self.register
-            .store(u32::from_le_bytes(*value), Ordering::Relaxed);
-        Ok(4)
-    }
-
-    fn set_irqs(&self, (): &(), _request: SetIrqs<'_>) -> vfio_core::Result<u32> {
-        Err(Errno::NOTTY)
-    }
-}
-
-impl Card {
-    fn dma(&self) -> std::sync::MutexGuard<'_, Option<Dma>> {
-        let dma = &self.outside.dma;
-        dma.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Makes [`Card`]s.
-#[derive(Debug)]
-pub(super) struct Driver(pub(super) Arc<Outside>);
-
-impl VfioDriver for Driver {
-    type Ops = Card;
-
-    fn name(&self) -> &'static str {
-        Card::NAME
-    }
-
-    fn args(&self, _device: &Arc<BusDevice>) -> vfio_core::Result<Arc<Outside>> {
-        Ok(Arc::clone(&self.0))
-    }
-}
-
-/// What a device tells that nobody listens to.
-pub(super) fn nowhere() -> (Arc<Outside>, Receiver<u64>) {
-    let (closed, receiver) = std::sync::mpsc::channel();
-    let dma = Mutex::new(None);
-    (Arc::new(Outside { dma, closed }), receiver)
-}
 
 /// Two devices behind their nodes.
 #[derive(Debug)]
@@ -167,7 +38,7 @@ impl Server {
         let core = Core::new(Config::default());
         let options = vfio_fuse::Options::under(PathBuf::from(directory));
         let dev = Dev::start(&core, &options).context("mounting the nodes")?;
-        let (outside, closed) = nowhere();
+        let (outside, closed) = Outside::new();
         let make = |name| faux::Device::create(&core, name, Driver(Arc::clone(&outside)));
         let devices = [make("zero")?, make("one")?];
         Ok(Self {
@@ -236,9 +107,7 @@ impl Walk {
 
 impl Server {
     fn dma(&self, walk: Walk, iova: u64) -> Result<f64> {
-        let dma = self.outside.dma.lock();
-        let dma = dma.unwrap_or_else(PoisonError::into_inner).clone();
-        let dma = dma.context("no device is open")?;
+        let dma = self.outside.dma().context("no device is open")?;
         walk.measure(|offset, buf| Ok(dma.read(iova + offset as u64, buf)?))
     }
 }

@@ -28,13 +28,13 @@ use vfio_user::wire::map_flags;
 use zerocopy::FromBytes as _;
 use zerocopy::IntoBytes as _;
 
+use super::super::card::INTERRUPT;
+use super::super::card::REGISTER;
+use super::super::card::TOUCH;
 use super::super::measure;
 use super::super::peer::Converse;
 use super::super::peer::word;
-use super::servers::INTERRUPT;
 use super::servers::LARGE;
-use super::servers::REGISTER;
-use super::servers::TOUCH;
 
 /// Where the one window is.
 const IOVA: u64 = 1 << 32;
@@ -65,6 +65,10 @@ impl Converse for Client {
         match *words {
             ["connect", path] => {
                 self.connections.push(Connection::new(path)?);
+                Ok(String::new())
+            }
+            ["disconnect"] => {
+                self.connections.pop().context("no connection")?;
                 Ok(String::new())
             }
             ["files"] => {

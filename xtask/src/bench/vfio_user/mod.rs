@@ -40,7 +40,7 @@ const RAW: &str = "a raw socket server: one receive, one send";
 const CRATE: &str = "the vfio_user crate's server";
 
 /// The rows of this file.
-pub(super) const ROWS: [Benchmark; 13] = [
+pub(super) const ROWS: [Benchmark; 14] = [
     Benchmark {
         name: "vfio-user: region read of 4 bytes",
         against: RAW,
@@ -91,6 +91,13 @@ pub(super) const ROWS: [Benchmark; 13] = [
              would then wait for the client; the raw server writes without a look",
         ),
         run: |rounds| against(rounds, Role::UserRaw, "interrupt 0"),
+    },
+    Benchmark {
+        name: "vfio-user: region read of 4 bytes, polled from another processor",
+        against: "the same, not polled",
+        goal: Goal::AtMost(0.8),
+        known_miss: None,
+        run: polled,
     },
     Benchmark {
         name: "vfio-user: the last 1 000 of 1 000 000 windows into 16 files",
@@ -172,6 +179,35 @@ fn against(rounds: u32, other: Role, call: &str) -> Result<Measured> {
             .number(&format!("{call} {connection} {CALLS}"))
     };
     Measured::interleaved(rounds, || calls(0), || calls(1))
+}
+
+/// Our server on a processor of its own, with a device that it polls and one that it does not, and a
+/// client of one after the other: polling one slows down the other.
+fn polled(rounds: u32) -> Result<Measured> {
+    let place = Place::new()?;
+    let sockets = [
+        format!("{}/polled", place.path()),
+        format!("{}/waits", place.path()),
+    ];
+    let mut server = {
+        let _pinned = Pinned::to(1)?;
+        Peer::start(Role::UserOurs, &[&sockets[1]])?
+    };
+    server.ask(&format!("polled {}", sockets[0]))?;
+    let client = {
+        let _pinned = Pinned::to(0)?;
+        Peer::start(Role::UserClient, &[])?
+    };
+    let peers = RefCell::new((server, client));
+    let calls = |socket: &str| {
+        let (server, client) = &mut *peers.borrow_mut();
+        client.ask(&format!("connect {socket}"))?;
+        let time = client.number(&format!("read 4 0 {CALLS}"))?;
+        client.ask("disconnect")?;
+        server.ask("idle")?;
+        Ok(time)
+    };
+    Measured::interleaved(rounds, || calls(&sockets[0]), || calls(&sockets[1]))
 }
 
 /// A server with two devices, and a client of both: the second has nearly all its windows.

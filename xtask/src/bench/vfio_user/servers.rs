@@ -7,38 +7,21 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
-use std::sync::atomic::AtomicU32;
-use std::sync::atomic::Ordering;
+use std::time::Duration;
+use std::time::Instant;
 
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::bail;
+use anyhow::ensure;
 use rust_vfio_user::DmaMapFlags;
 use rust_vfio_user::DmaUnmapFlags;
-use rustix::io::Errno;
 use rustix::net::RecvAncillaryBuffer;
 use rustix::net::RecvAncillaryMessage;
 use rustix::net::RecvFlags;
 use vfio_core::Config;
 use vfio_core::Core;
-use vfio_core::device::DeviceInfo;
-use vfio_core::device::DeviceOps;
-use vfio_core::device::Dma;
-use vfio_core::device::InitCx;
-use vfio_core::device::IrqInfo;
-use vfio_core::device::OpenCx;
-use vfio_core::device::RegionInfo;
-use vfio_core::device::RegionPos;
-use vfio_core::irq::Data;
-use vfio_core::irq::SetIrqs;
-use vfio_core::irq::Trigger;
-use vfio_core::model::BusDevice;
-use vfio_core::model::VfioDriver;
 use vfio_core::model::faux;
-use vfio_uapi::device::InfoFlags;
 use vfio_uapi::device::IrqFlags;
 use vfio_uapi::device::RegionFlags;
 use vfio_user::Offer;
@@ -52,170 +35,61 @@ use vfio_user::wire::command;
 use zerocopy::FromBytes as _;
 use zerocopy::IntoBytes as _;
 
+use super::super::card::Driver;
+use super::super::card::INTERRUPT;
+use super::super::card::Outside;
+use super::super::card::TOUCH;
+use super::super::card::TOUCHED;
 use super::super::peer::Converse;
 use super::super::peer::word;
 use super::super::raw::Mapped;
 
-/// Where a device's one region keeps a value.
-pub(super) const REGISTER: u64 = 0;
-/// Where a write raises the interrupt.
-pub(super) const INTERRUPT: u64 = 8;
-/// Where the IOVA goes of which the device reads [`TOUCHED`] bytes.
-pub(super) const TOUCH: u64 = 16;
-/// What the device reads at once.
-const TOUCHED: usize = 4096;
 /// The window of the messages that map one.
 pub(super) const LARGE: u64 = 2 << 20;
-
-/// A region with a register, an interrupt and DMA.
-#[derive(Debug)]
-pub(super) struct Card {
-    register: AtomicU32,
-}
-
-#[derive(Debug)]
-pub(super) struct Session {
-    dma: Dma,
-    interrupt: Mutex<Option<Trigger>>,
-}
-
-impl Session {
-    fn interrupt(&self) -> MutexGuard<'_, Option<Trigger>> {
-        self.interrupt
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl DeviceOps for Card {
-    const NAME: &'static str = "card";
-    type Args = ();
-    type Session = Session;
-
-    fn init(_cx: &InitCx<'_>, (): ()) -> vfio_core::Result<Self> {
-        Ok(Self {
-            register: AtomicU32::new(0),
-        })
-    }
-
-    fn open(&self, cx: &OpenCx<'_>) -> vfio_core::Result<Session> {
-        Ok(Session {
-            dma: cx.dma().clone(),
-            interrupt: Mutex::default(),
-        })
-    }
-
-    fn info(&self) -> DeviceInfo {
-        DeviceInfo {
-            flags: InfoFlags::PCI,
-            num_regions: 1,
-            num_irqs: 1,
-        }
-    }
-
-    fn region(&self, _index: u32) -> vfio_core::Result<RegionInfo> {
-        Ok(RegionInfo {
-            size: 4096,
-            flags: RegionFlags::READ | RegionFlags::WRITE,
-            caps: Vec::new(),
-        })
-    }
-
-    fn irq(&self, _index: u32) -> vfio_core::Result<IrqInfo> {
-        Ok(IrqInfo {
-            flags: IrqFlags::EVENTFD,
-            count: 1,
-        })
-    }
-
-    fn read(&self, _: &Session, _at: RegionPos, buf: &mut [u8]) -> vfio_core::Result<usize> {
-        let value = self.register.load(Ordering::Relaxed).to_ne_bytes();
-        buf.fill(0);
-        buf.get_mut(..4)
-            .ok_or(Errno::INVAL)?
-            .copy_from_slice(&value);
-        Ok(buf.len())
-    }
-
-    fn write(&self, session: &Session, at: RegionPos, data: &[u8]) -> vfio_core::Result<usize> {
-        match at.offset {
-            REGISTER => {
-                let value = data.first_chunk().ok_or(Errno::INVAL)?;
-                self.register
-                    .store(u32::from_ne_bytes(*value), Ordering::Relaxed);
-            }
-            INTERRUPT => {
-                let interrupt = session.interrupt().clone();
-                interrupt.ok_or(Errno::INVAL)?.signal();
-            }
-            TOUCH => {
-                let iova = u64::from_ne_bytes(*data.first_chunk().ok_or(Errno::INVAL)?);
-                let mut buf = [0; TOUCHED];
-                session.dma.read(iova, &mut buf)?;
-                std::hint::black_box(&buf);
-            }
-            _ => return Err(Errno::INVAL),
-        }
-        Ok(data.len())
-    }
-
-    fn set_irqs(&self, session: &Session, request: SetIrqs<'_>) -> vfio_core::Result<u32> {
-        let Data::Eventfd(source) = request.data else {
-            return Err(Errno::NOTTY);
-        };
-        let trigger = source.eventfd(0)?;
-        *session.interrupt() = trigger;
-        Ok(0)
-    }
-}
-
-/// Makes [`Card`]s.
-#[derive(Debug)]
-struct Driver;
-
-impl VfioDriver for Driver {
-    type Ops = Card;
-
-    fn name(&self) -> &'static str {
-        Card::NAME
-    }
-
-    fn args(&self, _device: &Arc<BusDevice>) -> vfio_core::Result<()> {
-        Ok(())
-    }
-}
 
 /// Our server, with a device at each path.
 #[derive(Debug)]
 pub(crate) struct Ours {
     core: Core,
     server: Server,
+    outside: Arc<Outside>,
     offers: Vec<(Offer, faux::Device)>,
 }
 
 impl Ours {
     pub(in super::super) fn start(arguments: &[String]) -> Result<Self> {
+        let options = Options {
+            // It may be bound to one processor, of several.
+            pollers: 1,
+            ..Options::default()
+        };
+        let (outside, _) = Outside::new();
         let mut ours = Self {
             core: Core::new(Config::default()),
-            server: Server::start(Options::default())?,
+            server: Server::start(options)?,
+            outside,
             offers: Vec::new(),
         };
         for path in arguments {
-            ours.offer(path)?;
+            ours.offer(path, OfferOptions::default())?;
         }
         Ok(ours)
     }
 
-    fn offer(&mut self, path: &str) -> Result<()> {
+    fn offer(&mut self, path: &str, options: OfferOptions) -> Result<()> {
         let listener = UnixListener::bind(path).with_context(|| format!("socket {path}"))?;
         let name = format!("card{}", self.offers.len());
-        let device = faux::Device::create(&self.core, &name, Driver)?;
+        let device = faux::Device::create(&self.core, &name, Driver(Arc::clone(&self.outside)))?;
         let bus_device = self.core.devices().pop().context("no device was made")?;
-        let offer = self
-            .server
-            .offer(&bus_device, listener, OfferOptions::default())?;
+        let offer = self.server.offer(&bus_device, listener, options)?;
         self.offers.push((offer, device));
         Ok(())
+    }
+
+    /// Nobody is connected, and nothing runs.
+    fn is_idle(&self) -> bool {
+        let mut offers = self.offers.iter();
+        self.server.polled() == 0 && offers.all(|(offer, _)| offer.client().is_none())
     }
 }
 
@@ -230,7 +104,24 @@ impl Converse for Ours {
                 let from: u32 = word(words, 2)?;
                 let count: u32 = word(words, 3)?;
                 for device in from..from.max(count) {
-                    self.offer(&format!("{directory}/{device}"))?;
+                    let path = format!("{directory}/{device}");
+                    self.offer(&path, OfferOptions::default())?;
+                }
+                Ok(String::new())
+            }
+            ["polled", path] => {
+                let options = OfferOptions {
+                    poll: true,
+                    ..OfferOptions::default()
+                };
+                self.offer(path, options)?;
+                Ok(String::new())
+            }
+            ["idle"] => {
+                let end = Instant::now() + Duration::from_secs(10);
+                while !self.is_idle() {
+                    ensure!(Instant::now() < end, "somebody is still connected");
+                    std::thread::sleep(Duration::from_millis(1));
                 }
                 Ok(String::new())
             }
