@@ -6,8 +6,10 @@ use std::sync::Mutex;
 use std::sync::OnceLock;
 use std::sync::PoisonError;
 use std::sync::RwLock;
+use std::sync::RwLockReadGuard;
 use std::sync::Weak;
 use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering;
 
 use client_process::FileId;
@@ -25,6 +27,10 @@ use crate::region::Region;
 /// (128 TiB on x86-64) is shared by all clients; what lies beyond is read and written with system calls.
 const MAX_MAPPED: u64 = 1 << 40;
 
+/// How many reads of a file are made by system calls before it is mapped. Mapping, the first fault and
+/// unmapping cost as much as some fifty of them, and many a window is read once or not at all.
+const UNMAPPED_READS: u32 = 16;
+
 /// The files of one trust domain (an iommufd context, a container), each opened and mapped once however
 /// many areas refer to it.
 ///
@@ -32,9 +38,38 @@ const MAX_MAPPED: u64 = 1 << 40;
 /// other's memory belong in different registries.
 #[derive(Debug, Default)]
 pub struct FileRegistry {
-    files: Mutex<HashMap<(FileId, bool), Weak<SharedFile>>>,
+    files: Mutex<Files>,
     /// Memory of our own devices is out of reach.
     without_devices: bool,
+}
+
+#[derive(Debug, Default)]
+struct Files {
+    known: HashMap<(FileId, bool), Weak<SharedFile>>,
+    /// The first one. Which file it is will be asked when there is another one to tell it from.
+    first: Option<Weak<SharedFile>>,
+}
+
+impl Files {
+    /// The first one becomes one of many.
+    fn identify(&mut self) -> Result<()> {
+        if let Some(first) = self.first.as_ref().and_then(Weak::upgrade) {
+            let key = (first.id()?, first.writable);
+            self.known.insert(key, Arc::downgrade(&first));
+        }
+        self.first = None;
+        Ok(())
+    }
+
+    fn find(&self, id: FileId, writable: bool) -> Option<Arc<SharedFile>> {
+        self.known.get(&(id, writable)).and_then(Weak::upgrade)
+    }
+
+    /// Nobody has one, as far as can be told without a look at each.
+    fn are_none(&self) -> bool {
+        let first = self.first.as_ref().map_or(0, Weak::strong_count);
+        self.known.is_empty() && first == 0
+    }
 }
 
 /// A file of memory (memfd, tmpfs, hugetlb) that is used in place.
@@ -45,12 +80,14 @@ pub struct FileRegistry {
 #[derive(Debug)]
 pub struct SharedFile {
     file: OwnedFd,
-    id: FileId,
+    id: OnceLock<FileId>,
     writable: bool,
     /// Asked for when it is mapped first: many files are never touched.
     unit: OnceLock<Unit>,
     /// Set when the machine has no room for a mapping; then system calls serve.
     is_unmappable: AtomicBool,
+    /// Reads so far that found it not mapped.
+    unmapped_reads: AtomicU32,
     region: RwLock<Option<Region>>,
 }
 
@@ -99,43 +136,55 @@ impl FileRegistry {
         }
         let writable =
             mode == OFlags::RDWR && !seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE);
-        let id = FileId::of(&file)?;
-        if let Some(known) = self.find(id, writable) {
-            return Ok(known);
-        }
-        let made = Arc::new(SharedFile {
+        let made = SharedFile {
             file,
-            id,
+            id: OnceLock::new(),
             writable,
             unit: OnceLock::new(),
             is_unmappable: AtomicBool::new(false),
+            unmapped_reads: AtomicU32::new(0),
             region: RwLock::new(None),
-        });
+        };
         let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-        // Another thread may have been faster.
-        if let Some(known) = files.get(&(id, writable)).and_then(Weak::upgrade) {
+        if files.are_none() {
+            let made = Arc::new(made);
+            files.first = Some(Arc::downgrade(&made));
+            return Ok(made);
+        }
+        files.identify()?;
+        let key = (made.id()?, writable);
+        if let Some(known) = files.find(key.0, writable) {
             return Ok(known);
         }
-        if files.len() >= 64 && files.len().is_power_of_two() {
-            files.retain(|_, file| file.strong_count() > 0);
+        if files.known.len() >= 64 && files.known.len().is_power_of_two() {
+            files.known.retain(|_, file| file.strong_count() > 0);
         }
-        files.insert((id, writable), Arc::downgrade(&made));
+        let made = Arc::new(made);
+        files.known.insert(key, Arc::downgrade(&made));
         Ok(made)
     }
 
     /// A file that some area refers to already.
     #[must_use]
     pub fn find(&self, id: FileId, writable: bool) -> Option<Arc<SharedFile>> {
-        let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-        files.get(&(id, writable)).and_then(Weak::upgrade)
+        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        // One that cannot be asked stays the first, and is not found.
+        let _ = files.identify();
+        files.find(id, writable)
     }
 }
 
 impl SharedFile {
     /// Which file it is.
-    #[must_use]
-    pub fn id(&self) -> FileId {
-        self.id
+    ///
+    /// # Errors
+    /// Those of statx.
+    pub fn id(&self) -> Result<FileId> {
+        if let Some(known) = self.id.get() {
+            return Ok(*known);
+        }
+        let id = FileId::of(&self.file)?;
+        Ok(*self.id.get_or_init(|| id))
     }
 
     /// Whether the descriptor it came from can write.
@@ -157,6 +206,19 @@ impl SharedFile {
     /// # Errors
     /// [`Fault`]: the file ends before. Bytes after its end but in its last page read as zero.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Fault> {
+        let end = offset.saturating_add(buf.len() as u64);
+        if let Some(region) = self.reaching(end)
+            && let Some(mapped) = region.as_ref()
+        {
+            return mapped.read(offset, buf);
+        }
+        // A short one may still reach to the end of the last page, which only a mapping shows.
+        if self.unmapped_reads.load(Ordering::Relaxed) < UNMAPPED_READS {
+            self.unmapped_reads.fetch_add(1, Ordering::Relaxed);
+            if rustix::io::pread(&self.file, &mut *buf, offset) == Ok(buf.len()) {
+                return Ok(());
+            }
+        }
         if self
             .with_region(offset, buf.len(), |region| region.read(offset, buf))?
             .is_none()
@@ -214,23 +276,20 @@ impl SharedFile {
         access: impl FnOnce(&Region) -> Result<T, Fault>,
     ) -> Result<Option<T>, Fault> {
         let end = offset.checked_add(len as u64).ok_or(Fault { done: 0 })?;
-        let reaches = |region: &Option<Region>| {
-            region
-                .as_ref()
-                .is_some_and(|region| end <= region.len() as u64)
-        };
-        let region = self.region.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(mapped) = region.as_ref().filter(|_| reaches(&region)) {
-            return access(mapped).map(Some);
+        let mut region = self.reaching(end);
+        if region.is_none() {
+            self.grow(end)?;
+            region = self.reaching(end);
         }
-        drop(region);
-        self.grow(end)?;
+        let mapped = region.as_ref().and_then(|region| region.as_ref());
+        mapped.map(access).transpose()
+    }
+
+    /// The mapping, if it reaches so far as it is.
+    fn reaching(&self, end: u64) -> Option<RwLockReadGuard<'_, Option<Region>>> {
         let region = self.region.read().unwrap_or_else(PoisonError::into_inner);
-        region
-            .as_ref()
-            .filter(|_| reaches(&region))
-            .map(access)
-            .transpose()
+        let len = region.as_ref().map(|region| region.len() as u64);
+        (end <= len?).then_some(region)
     }
 
     /// What it is mapped by. `block` is what fstat says; only a file of huge pages, or one that may

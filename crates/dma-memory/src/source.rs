@@ -240,7 +240,7 @@ impl ProcessMemory {
 
 /// An open file keeps its inode, so an equal identity is the same file.
 fn usable(file: &SharedFile, mapping: &Mapping) -> bool {
-    file.id() == mapping.file && (file.is_writable() || !mapping.writable)
+    file.id() == Ok(mapping.file) && (file.is_writable() || !mapping.writable)
 }
 
 fn add(a: u64, b: u64) -> Result<u64> {

@@ -79,13 +79,73 @@ fn a_file_is_mapped_once_for_many_areas() {
     let mut byte = [0];
     areas[3].read(8, &mut byte).unwrap();
     assert_eq!(byte, [3]);
-    assert_eq!(mappings(first.id()), 1);
+    assert_eq!(mappings(first.id().unwrap()), 1);
     drop((areas, first));
     assert_eq!(
         mappings(FileId::of(&file).unwrap()),
         0,
         "unmapped with the last area"
     );
+}
+
+#[test]
+fn files_are_told_apart_however_late_they_are_asked() {
+    let registry = FileRegistry::new();
+    let (one, two) = (memfd(PAGE), memfd(PAGE));
+    let open = |file: &OwnedFd, mode| registry.open(again(file, mode)).unwrap();
+    let first = open(&one, OFlags::RDWR);
+    let second = open(&two, OFlags::RDWR);
+    assert!(!Arc::ptr_eq(&first, &second));
+    assert!(Arc::ptr_eq(&first, &open(&one, OFlags::RDWR)));
+    assert!(Arc::ptr_eq(&second, &open(&two, OFlags::RDWR)));
+    let reading = open(&one, OFlags::RDONLY);
+    assert!(!Arc::ptr_eq(&first, &reading), "it cannot write");
+    assert!(Arc::ptr_eq(&reading, &open(&one, OFlags::RDONLY)));
+
+    // The first of a registry is found too, and so is the next first.
+    let registry = FileRegistry::new();
+    let id = FileId::of(&one).unwrap();
+    for _ in 0..2 {
+        let only = registry.open(again(&one, OFlags::RDWR)).unwrap();
+        assert!(Arc::ptr_eq(&only, &registry.find(id, true).unwrap()));
+        assert!(registry.find(id, false).is_none());
+        let other = registry.open(again(&two, OFlags::RDWR)).unwrap();
+        assert!(!Arc::ptr_eq(&only, &other));
+        drop((only, other));
+        assert!(registry.find(id, true).is_none());
+    }
+}
+
+#[test]
+fn a_file_that_is_hardly_read_is_not_mapped() {
+    let file = memfd(2 * PAGE);
+    rustix::io::pwrite(&file, b"there", PAGE - 2).unwrap();
+    let shared = FileRegistry::new().open(file.try_clone().unwrap()).unwrap();
+    let mapped = || mappings(FileId::of(&file).unwrap());
+    let mut buf = [0; 5];
+    shared.read(PAGE - 2, &mut buf).unwrap();
+    assert_eq!((&buf, mapped()), (b"there", 0));
+    for _ in 0..100 {
+        shared.read(PAGE - 2, &mut buf).unwrap();
+    }
+    assert_eq!((&buf, mapped()), (b"there", 1));
+
+    // Its end is the same either way, and what is written is seen at once.
+    for reads in [0, 100] {
+        let file = memfd(PAGE + 10);
+        let shared = FileRegistry::new().open(file.try_clone().unwrap()).unwrap();
+        for _ in 0..reads {
+            shared.read(0, &mut buf).unwrap();
+        }
+        assert_eq!(shared.read(PAGE + 8, &mut buf), Ok(()), "in its last page");
+        assert_eq!(buf, [0; 5]);
+        assert_eq!(shared.read(2 * PAGE - 4, &mut buf), Err(Fault { done: 0 }));
+        rustix::io::pwrite(&file, b"fresh", 3).unwrap();
+        shared.read(3, &mut buf).unwrap();
+        assert_eq!(&buf, b"fresh");
+        rustix::fs::ftruncate(&file, 0).unwrap();
+        assert!(shared.read(3, &mut buf).is_err());
+    }
 }
 
 #[test]
@@ -135,7 +195,7 @@ fn a_file_that_grows_is_followed_and_never_grown_by_us() {
         assert!(shared.write(pages * PAGE - 1, &[7, 7]).is_err());
         assert_eq!(shared.size(), Ok(pages * PAGE));
     }
-    assert_eq!(mappings(shared.id()), 1);
+    assert_eq!(mappings(shared.id().unwrap()), 1);
     assert!(shared.read(u64::MAX, &mut [0]).is_err());
     assert!(shared.read(u64::MAX - 1, &mut [0; 8]).is_err());
     assert_eq!(
@@ -156,7 +216,7 @@ fn what_is_too_large_to_map_is_still_reached() {
     assert_eq!(&buf, b"far away");
     assert!(shared.write(3 << 40, &[0]).is_err());
     assert_eq!(shared.size(), Ok(3 << 40));
-    assert_eq!(mappings(shared.id()), 0);
+    assert_eq!(mappings(shared.id().unwrap()), 0);
 }
 
 /// Copies in and out while the file is cut and made longer again. Every access must end in success or a
