@@ -1,7 +1,9 @@
 //! Interrupts: what `VFIO_DEVICE_SET_IRQS` asks for, and how a driver raises one.
 
 use crate::{Errno, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
+use rustix::fs::OFlags;
 use std::sync::Arc;
 
 pub mod pci;
@@ -73,12 +75,42 @@ pub struct SetIrqs<'a> {
 /// It holds its own reference, so a client may close its descriptor before it disables the
 /// interrupt (QEMU does).
 #[derive(Clone, Debug)]
-pub struct Trigger(Arc<OwnedFd>);
+pub struct Trigger(Arc<Eventfd>);
+
+#[derive(Debug)]
+struct Eventfd {
+    fd: OwnedFd,
+    /// Whether writing did not wait when it was named. The open file is the client's, which may
+    /// change that.
+    was_nonblocking: bool,
+}
+
+impl Eventfd {
+    fn is_nonblocking(fd: &OwnedFd) -> bool {
+        rustix::fs::fcntl_getfl(fd).is_ok_and(|flags| flags.contains(OFlags::NONBLOCK))
+    }
+
+    /// Whether writing waits for nobody, as far as can be seen. Most eventfds are non-blocking
+    /// (QEMU's are), and that is quicker to be seen than room in the counter.
+    fn is_writable(&self) -> bool {
+        if self.was_nonblocking && Eventfd::is_nonblocking(&self.fd) {
+            return true;
+        }
+        let mut ready = [PollFd::new(&self.fd, PollFlags::OUT)];
+        match poll(&mut ready, Some(&Timespec::default())) {
+            Ok(_) => ready[0].revents().contains(PollFlags::OUT),
+            Err(_) => true,
+        }
+    }
+}
 
 impl Trigger {
     /// Wraps an eventfd. The transport has checked that it is one.
     pub fn new(eventfd: OwnedFd) -> Trigger {
-        Trigger(Arc::new(eventfd))
+        Trigger(Arc::new(Eventfd {
+            was_nonblocking: Eventfd::is_nonblocking(&eventfd),
+            fd: eventfd,
+        }))
     }
 
     /// Adds one to the counter, as `eventfd_signal()`.
@@ -87,23 +119,13 @@ impl Trigger {
     /// is reported. Call it with no lock held: a hostile client can make the write wait until
     /// the transport's monitor interrupts it.
     pub fn signal(&self) {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let mut ready = [PollFd::new(&*self.0, PollFlags::OUT)];
-        // The client's descriptor stays blocking (O_NONBLOCK belongs to the open file, which is
-        // the client's), so a full counter is looked for first. Between the two calls somebody
-        // may fill it: then the write waits, and EINTR ends it.
-        match poll(
-            &mut ready,
-            Some(&Timespec {
-                tv_sec: 0,
-                tv_nsec: 0,
-            }),
-        ) {
-            Ok(0) => return,
-            Ok(_) if !ready[0].revents().contains(PollFlags::OUT) => return,
-            _ => {}
+        // The client's descriptor stays as it is (O_NONBLOCK belongs to the open file, which is
+        // the client's), so whether it would wait is looked at first. Between the two calls
+        // somebody may fill it: then the write waits, and EINTR ends it.
+        if !self.0.is_writable() {
+            return;
         }
-        match rustix::io::write(&*self.0, &1u64.to_ne_bytes()) {
+        match rustix::io::write(&self.0.fd, &1u64.to_ne_bytes()) {
             Ok(_) | Err(Errno::INTR | Errno::AGAIN) => {}
             Err(error) => tracing::warn!("an interrupt's eventfd cannot be written: {error}"),
         }
@@ -111,11 +133,64 @@ impl Trigger {
 
     /// The descriptor, for pollers (an eventfd used as input, the kernel's `virqfd`).
     pub fn fd(&self) -> &OwnedFd {
-        &self.0
+        &self.0.fd
     }
 
     /// True when both signal through the same value.
     pub fn same(&self, other: &Trigger) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd};
+    use rustix::fs::fcntl_setfl;
+
+    const FULL: u64 = u64::MAX - 1;
+
+    /// A trigger, and the client's descriptor of it.
+    fn pair(flags: EventfdFlags) -> (Trigger, OwnedFd) {
+        let client = eventfd(0, flags | EventfdFlags::CLOEXEC).unwrap();
+        (Trigger::new(client.try_clone().unwrap()), client)
+    }
+
+    fn count(client: &OwnedFd) -> u64 {
+        let mut count = [0; 8];
+        rustix::io::read(client, &mut count).unwrap();
+        u64::from_ne_bytes(count)
+    }
+
+    #[test]
+    fn signals_are_counted_and_a_full_counter_is_left_alone() {
+        for flags in [EventfdFlags::empty(), EventfdFlags::NONBLOCK] {
+            let (trigger, client) = pair(flags);
+            trigger.signal();
+            trigger.signal();
+            assert_eq!(count(&client), 2);
+            rustix::io::write(&client, &FULL.to_ne_bytes()).unwrap();
+            // A write that waits would wait for this thread.
+            trigger.signal();
+            assert_eq!(count(&client), FULL);
+            trigger.signal();
+            assert_eq!(count(&client), 1);
+        }
+    }
+
+    #[test]
+    fn a_client_that_changes_whether_it_waits_holds_nobody() {
+        for (flags, changed) in [
+            (EventfdFlags::NONBLOCK, OFlags::empty()),
+            (EventfdFlags::empty(), OFlags::NONBLOCK),
+        ] {
+            let (trigger, client) = pair(flags);
+            fcntl_setfl(&client, changed).unwrap();
+            rustix::io::write(&client, &FULL.to_ne_bytes()).unwrap();
+            trigger.signal();
+            assert_eq!(count(&client), FULL);
+            trigger.signal();
+            assert_eq!(count(&client), 1);
+        }
     }
 }
