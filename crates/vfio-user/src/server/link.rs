@@ -246,8 +246,11 @@ impl Link {
                 call.done.get_or_insert(Err(Errno::BUSY));
             }
         }
+        let is_awaited = !calls.waiting.is_empty();
         drop(calls);
-        self.answered.notify_all();
+        if is_awaited {
+            self.answered.notify_all();
+        }
     }
 
     /// A reply has come. One that nobody waits for (any more) is dropped.
