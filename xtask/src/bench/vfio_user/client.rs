@@ -136,7 +136,8 @@ impl Connection {
         let mut connection = Self {
             socket,
             files: vec![memory(LARGE)?],
-            interrupt: rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?,
+            // As QEMU's are.
+            interrupt: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             message: Vec::new(),
             reply: vec![0; 16 << 10],
         };

@@ -168,38 +168,71 @@ impl Converse for Serving {
 /// What a window means to the other servers.
 #[derive(Debug, Default)]
 struct Window {
-    /// Whether it is mapped at all.
-    maps: bool,
-    mapped: Option<Mapped>,
+    kept: Kept,
+    memory: Option<Memory>,
     iova: u64,
+}
+
+/// What is kept of the file behind a window.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+enum Kept {
+    #[default]
+    Nothing,
+    /// Itself, to read from it.
+    File,
+    Mapping,
+}
+
+#[derive(Debug)]
+enum Memory {
+    File(OwnedFd),
+    Mapping(Mapped),
 }
 
 impl Window {
     fn of(arguments: &[String]) -> Result<(UnixListener, Self)> {
-        let [path, maps] = arguments else {
-            bail!("a path and `maps` or `plain` are needed");
+        let [path, kept] = arguments else {
+            bail!("a path and `nothing`, `file` or `mapping` are needed");
         };
         let listener = UnixListener::bind(path).with_context(|| format!("socket {path}"))?;
         let window = Self {
-            maps: maps == "maps",
+            kept: match kept.as_str() {
+                "file" => Kept::File,
+                "mapping" => Kept::Mapping,
+                _ => Kept::Nothing,
+            },
             ..Self::default()
         };
         Ok((listener, window))
     }
 
     fn map(&mut self, iova: u64, size: u64, fd: Option<impl Into<OwnedFd>>) -> Result<()> {
-        if let (true, Some(fd)) = (self.maps, fd) {
-            self.mapped = Some(Mapped::untouched(fd.into(), usize::try_from(size)?)?);
-            self.iova = iova;
-        }
+        let Some(fd) = fd.filter(|_| self.kept != Kept::Nothing) else {
+            return Ok(());
+        };
+        self.iova = iova;
+        self.memory = Some(match self.kept {
+            Kept::Mapping => Memory::Mapping(Mapped::untouched(fd.into(), usize::try_from(size)?)?),
+            _ => Memory::File(fd.into()),
+        });
         Ok(())
+    }
+
+    fn unmap(&mut self) {
+        self.memory = None;
     }
 
     fn touch(&self, data: &[u8]) -> Result<()> {
         let iova = u64::from_ne_bytes(*data.first_chunk().context("no address")?);
-        let mapped = self.mapped.as_ref().context("no window")?;
+        let offset = iova - self.iova;
         let mut buf = [0; TOUCHED];
-        mapped.copy_to(usize::try_from(iova - self.iova)?, &mut buf);
+        match self.memory.as_ref().context("no window")? {
+            Memory::Mapping(mapped) => mapped.copy_to(usize::try_from(offset)?, &mut buf),
+            Memory::File(file) => {
+                let got = rustix::io::pread(file, &mut buf, offset)?;
+                ensure!(got == TOUCHED, "a short file");
+            }
+        }
         std::hint::black_box(&buf);
         Ok(())
     }
@@ -273,7 +306,7 @@ fn raw(socket: &UnixStream, window: &mut Window) -> Result<()> {
                 0
             }
             command::DMA_UNMAP => {
-                window.mapped = None;
+                window.unmap();
                 24
             }
             command::DEVICE_SET_IRQS => {
@@ -356,7 +389,7 @@ impl rust_vfio_user::ServerBackend for Backend {
     }
 
     fn dma_unmap(&mut self, _: DmaUnmapFlags, _: u64, _: u64) -> std::io::Result<()> {
-        self.0.mapped = None;
+        self.0.unmap();
         Ok(())
     }
 
