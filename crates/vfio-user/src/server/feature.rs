@@ -8,20 +8,13 @@ use vfio_core::{Errno, Result};
 use vfio_uapi::device::feature::{
     DmaLoggingRange, Feature, FeatureFlags, FeatureHeader, FeatureOp, MigState, Migration,
 };
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Bytes of a feature's header.
 const HEAD: usize = size_of::<FeatureHeader>();
 
 /// Head of DMA_LOGGING_START on the wire; the ranges follow it.
-#[derive(
-    Clone,
-    Copy,
-    zerocopy::FromBytes,
-    zerocopy::IntoBytes,
-    zerocopy::KnownLayout,
-    zerocopy::Immutable,
-)]
+#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
 struct LoggingStart {
     page_size: u64,
@@ -30,14 +23,7 @@ struct LoggingStart {
 }
 
 /// DMA_LOGGING_REPORT on the wire; the bitmap follows it in the reply.
-#[derive(
-    Clone,
-    Copy,
-    zerocopy::FromBytes,
-    zerocopy::IntoBytes,
-    zerocopy::KnownLayout,
-    zerocopy::Immutable,
-)]
+#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
 struct LoggingReport {
     iova: u64,
