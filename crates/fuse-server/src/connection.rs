@@ -30,6 +30,7 @@ use crate::wire;
 use crate::wire::Features;
 use crate::wire::notify;
 use crate::wire::opcode;
+use crate::workers;
 
 /// Answers requests. Called from every thread that serves the connection, at the same time; closures of the same shape are handlers too.
 pub trait Handler: Send + Sync {
@@ -332,6 +333,23 @@ impl Connection {
                 }
             }
         }
+    }
+
+    /// To be called inside a request by the thread that serves it, before it waits for an answer that this same connection has to give: another thread
+    /// reads in its place at once, not only when it has been stuck for a while. On any other thread it does nothing.
+    ///
+    /// # Errors
+    /// EAGAIN: there can be no other thread now. Who waits all the same may wait for ever.
+    pub fn hand_over(&self) -> Result<(), Errno> {
+        if SERVING.get() != Arc::as_ptr(&self.shared).addr() {
+            return Ok(());
+        }
+        workers::hand_over(self)
+    }
+
+    /// Whether both are one connection.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
     }
 
     /// Drops the kernel's cached attributes of a node, and its cached pages from `offset` for `length` bytes (0: to the end; a negative offset: none).

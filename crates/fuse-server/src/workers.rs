@@ -3,13 +3,16 @@
 //! A thread that has been inside one request for more than about 10 ms is *replaced*: another takes over reading, so that INTERRUPTs and other
 //! requests go on; and the stuck one gets a signal on each tick of the monitor, so that an interruptible system call it may be in ends with EINTR.
 //! When it comes back and its place is taken, it retires. One thread per connection is also the fastest arrangement: a second reader costs more in
-//! wake-ups than it gains.
+//! wake-ups than it gains. A thread that knows that it will wait for its own connection need not wait for its substitute:
+//! [`Connection::hand_over`].
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::Condvar;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
+use std::sync::Weak;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
@@ -183,6 +186,25 @@ impl std::fmt::Debug for Workers {
     }
 }
 
+thread_local! {
+    /// The set whose thread this is, and its entry there.
+    static PLACE: RefCell<Option<(Weak<Set>, Arc<Slot>)>> = const { RefCell::new(None) };
+}
+
+/// See [`Connection::hand_over`].
+pub(crate) fn hand_over(connection: &Connection) -> Result<(), Errno> {
+    let place = PLACE.with_borrow(|place| {
+        let (set, slot) = place.as_ref()?;
+        Some((set.upgrade()?, Arc::clone(slot)))
+    });
+    match place {
+        Some((set, slot)) if set.connection.is_same(connection) => {
+            set.replace(&mut set.lock(), &slot)
+        }
+        _ => Ok(()),
+    }
+}
+
 impl Set {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -220,24 +242,33 @@ impl Set {
             if !inside || turns != seen {
                 continue;
             }
-            let stuck = state.threads.len().saturating_sub(state.serving);
-            if !slot.replaced.load(Ordering::Relaxed)
-                && stuck < self.policy.max_stuck
-                && !self.stopping.load(Ordering::Relaxed)
-            {
-                // First the substitute: without one, the stuck thread must go on reading when it comes back.
-                if self.spawn(&mut state).is_ok() {
-                    slot.replaced.store(true, Ordering::SeqCst);
-                    state.serving -= 1;
-                }
-            }
+            // Refused, it is tried again on the next tick.
+            let _ = self.replace(&mut state, &slot);
             slot.thread.nudge();
         }
         active
     }
 
+    /// Starts a substitute for a thread that is inside a request, unless it has one. EAGAIN: no thread can be started, so many are stuck already, or
+    /// the set is to stop.
+    fn replace(self: &Arc<Self>, state: &mut State, slot: &Slot) -> Result<(), Errno> {
+        if slot.replaced.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let stuck = state.threads.len().saturating_sub(state.serving);
+        if stuck >= self.policy.max_stuck || self.stopping.load(Ordering::Relaxed) {
+            return Err(Errno::AGAIN);
+        }
+        // First the substitute: without one, the stuck thread must go on reading when it comes back.
+        self.spawn(state)?;
+        slot.replaced.store(true, Ordering::SeqCst);
+        state.serving -= 1;
+        Ok(())
+    }
+
     fn run(self: Arc<Self>, slot: &Arc<Slot>) {
         slot.thread.enter();
+        PLACE.set(Some((Arc::downgrade(&self), Arc::clone(slot))));
         // The starter may be bound to one CPU.
         affinity::restore_affinity();
         let mut buffer = self.connection.buffer();

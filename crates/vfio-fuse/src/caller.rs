@@ -45,6 +45,8 @@ impl FuseCaller<'_> {
         if let Some(group) = self.shared.open_group(id) {
             return Ok(group);
         }
+        // SET_CONTAINER is served on the connection that it asks.
+        self.shared.connection.hand_over()?;
         match identify(duplicate) {
             Ok(fh) => Ok(self.shared.files.get(fh).unwrap_or(FileObject::Other)),
             // A directory of ours, or a node whose connection has ended.

@@ -57,7 +57,6 @@ pub struct Dev {
 struct Tree {
     core: Core,
     shared: Arc<Shared>,
-    connection: OnceLock<Connection>,
     nodes: Mutex<HashMap<u64, Known>>,
     groups: Mutex<HashMap<u64, KnownGroup>>,
     iommu: Plain,
@@ -122,6 +121,7 @@ impl Dev {
         core.set_native_mmap(passthrough);
         let shared = Arc::new(Shared {
             files: Files::default(),
+            connection: connection.clone(),
             mount: OnceLock::new(),
             mounter: Mounter::new(options.dev.join("vfio/devices"), options.idle),
             config: core.config().clone(),
@@ -136,20 +136,18 @@ impl Dev {
             iommu: Plain::new(&shared, Which::Iommu, IOMMU, options.iommu),
             container: Plain::new(&shared, Which::Container, CONTAINER, options.container),
             shared,
-            connection: OnceLock::new(),
             nodes: Mutex::default(),
             groups: Mutex::default(),
             device: options.device,
             group: options.group,
             redirect: options.redirect,
         });
-        let _ = tree.connection.set(connection.clone());
         let policy = Policy {
             name: "vfio-dev".into(),
-            // BIND and SET_CONTAINER ask this connection which file a descriptor is, from a thread
-            // that may be one of these.
-            threads: 4,
-            follow_cpu: false,
+            // Short requests, which one thread answers faster than several that take turns. Where
+            // devices have no connection of their own, their drivers are called here too.
+            threads: if options.redirect { 1 } else { 4 },
+            follow_cpu: options.redirect,
             ..Policy::default()
         };
         let workers = Workers::start(connection, Arc::clone(&tree) as Arc<dyn Handler>, policy)?;
@@ -327,7 +325,7 @@ impl Tree {
                     let mut nodes = self.nodes();
                     let known = nodes.entry(id).or_insert_with(|| Known {
                         node: Arc::new(Node::new(&self.shared, &device, self.device_owner())),
-                        through: Arc::new(Through::new(self.connection.get())),
+                        through: Arc::new(Through::new(&self.shared.connection)),
                         lookups: 0,
                     });
                     known.lookups += 1;
@@ -416,10 +414,9 @@ impl Tree {
         let tree = Arc::clone(self);
         let name = name.to_owned();
         self.shared.mounter.notify(move || {
-            if let Some(connection) = tree.connection.get() {
-                // ENOENT: the kernel had forgotten it by itself.
-                let _ = connection.notify_delete(DEVICES, id, OsStr::new(&name));
-            }
+            // ENOENT: the kernel had forgotten it by itself.
+            let connection = &tree.shared.connection;
+            let _ = connection.notify_delete(DEVICES, id, OsStr::new(&name));
         });
     }
 
@@ -432,9 +429,8 @@ impl Tree {
         let tree = Arc::clone(self);
         let name = name.to_owned();
         self.shared.mounter.notify(move || {
-            if let Some(connection) = tree.connection.get() {
-                let _ = connection.notify_delete(VFIO, id, OsStr::new(&name));
-            }
+            let connection = &tree.shared.connection;
+            let _ = connection.notify_delete(VFIO, id, OsStr::new(&name));
         });
     }
 

@@ -42,7 +42,7 @@ const ATTRIBUTES_ONLY: i64 = -1;
 /// A connection as a node needs it: backing ids belong to one.
 #[derive(Debug)]
 pub(crate) struct Through {
-    connection: Option<Connection>,
+    connection: Connection,
     /// The node as it is seen on this connection, once that is mounted.
     pub(crate) id: OnceLock<FileId>,
     pub(crate) backing: OnceLock<Option<BackingId>>,
@@ -54,9 +54,9 @@ pub(crate) struct Through {
 }
 
 impl Through {
-    pub(crate) fn new(connection: Option<&Connection>) -> Through {
+    pub(crate) fn new(connection: &Connection) -> Through {
         Through {
-            connection: connection.cloned(),
+            connection: connection.clone(),
             id: OnceLock::new(),
             backing: OnceLock::new(),
             lifetime: Duration::ZERO,
@@ -68,17 +68,15 @@ impl Through {
     pub(crate) fn own(connection: &Connection) -> Through {
         Through {
             lifetime: ATTRIBUTES,
-            ..Through::new(Some(connection))
+            ..Through::new(connection)
         }
     }
 
     /// The kernel forgets the attributes of the node on this, its own connection. Not for a thread that
     /// serves.
     pub(crate) fn forget_attributes(&self) {
-        if let Some(connection) = &self.connection {
-            // ENOENT: it has none.
-            let _ = connection.notify_inval_inode(ROOT, ATTRIBUTES_ONLY, 0);
-        }
+        // ENOENT: it has none.
+        let _ = self.connection.notify_inval_inode(ROOT, ATTRIBUTES_ONLY, 0);
     }
 
     fn open(&self) -> MutexGuard<'_, HashSet<u64>> {
@@ -177,7 +175,7 @@ impl Node {
     /// Makes the backing of this connection's opens, at the first: all of them give the same.
     fn back(&self, through: &Through, device: &Device) {
         through.backing.get_or_init(|| {
-            let connection = through.connection.as_ref()?;
+            let connection = &through.connection;
             if !self.shared.passthrough || !connection.has_passthrough() {
                 return None;
             }

@@ -9,7 +9,7 @@ use crate::identify::{IDENTIFY, is_ours};
 use crate::mounter::Mounter;
 use crate::private;
 use client_process::FileId;
-use fuse_server::{Answered, Attr, Operation, ReplyIoctl, SetAttrs};
+use fuse_server::{Answered, Attr, Connection, Operation, ReplyIoctl, SetAttrs};
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -21,6 +21,8 @@ use vfio_uapi::ioctl::FileKind;
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) files: Files<FileObject>,
+    /// What the `dev` tree is served on.
+    pub(crate) connection: Connection,
     /// The file system of the `dev` tree, known once it is mounted.
     pub(crate) mount: OnceLock<u64>,
     /// Where devices have theirs.

@@ -3,6 +3,7 @@
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::Mutex;
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -225,4 +226,62 @@ fn assert_read_ends_with(tree: Tree, errno: Errno) {
     assert_eq!(rustix::io::pread(&file, &mut [0_u8; 4], 100), Err(errno));
     drop(file);
     tree.end();
+}
+
+#[test]
+fn a_handler_that_asks_its_own_connection_hands_over_first() {
+    if !able() {
+        return;
+    }
+    let (fd, detached) = MountOptions {
+        root: Root::Directory,
+        ..MountOptions::default()
+    }
+    .create()
+    .expect("mount");
+    let connection = Connection::new(fd, &Config::default()).expect("INIT");
+    let place = Place::new();
+    let workers: Arc<OnceLock<Workers>> = Arc::default();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let (own, set, record) = (connection.clone(), Arc::clone(&workers), Arc::clone(&seen));
+    let name = place.path().join("nothing");
+    let handler = move |request: Request<'_>| {
+        if let Operation::Statfs { reply } = request.op {
+            let done = [own.hand_over(), own.hand_over()];
+            let threads = set.get().expect("started").threads();
+            // A LOOKUP, which only another thread can answer.
+            let found = rustix::fs::stat(&name).map(drop);
+            let mut record = record.lock().expect("not poisoned");
+            record.push((done, threads, found));
+            let _ = reply.statfs(&fuse_server::Statfs::default());
+        } else {
+            let _ = request.op.error(Errno::NOENT);
+        }
+    };
+    let policy = Policy {
+        max_stuck: 1,
+        ..Policy::default()
+    };
+    let started = Workers::start(connection.clone(), Arc::new(handler), policy).expect("threads");
+    assert!(workers.set(started).is_ok());
+    let workers = workers.get().expect("started");
+    let mount = detached.attach(place.path()).expect("attach");
+
+    // Nothing to hand over: this thread serves nobody.
+    assert_eq!(connection.hand_over(), Ok(()));
+    assert_eq!(workers.threads(), (1, 0));
+    for _ in 0..3 {
+        rustix::fs::statfs(place.path()).expect("statfs");
+        let seen = seen.lock().expect("not poisoned").pop();
+        assert_eq!(
+            seen,
+            Some(([Ok(()); 2], (2, 1), Err(Errno::NOENT))),
+            "once, and at once"
+        );
+        until("who has handed over retires", || {
+            workers.threads() == (1, 0)
+        });
+    }
+    mount.unmount().expect("unmount");
+    assert!(workers.wait(PATIENCE));
 }
