@@ -139,24 +139,29 @@ pub mod iommufd {
         T: FromBytes + IntoBytes,
         M: UserMemory + ?Sized,
     {
-        let mut word = [0; 4];
-        copy_in(mem, addr, &mut word)?;
-        let size = size_word(&word);
+        let mut value = T::new_zeroed();
+        // What must be there is copied at once. Not all of it can be: then the word says what is wrong.
+        let (head, _) = split(value.as_mut_bytes(), min.max(4));
+        let mut done = head.len();
+        if copy_in(mem, addr, head) == Err(Errno::FAULT) {
+            let (word, rest) = split(head, 4);
+            rest.fill(0);
+            copy_in(mem, addr, word)?;
+            done = word.len();
+        }
+        let size = size_word(value.as_mut_bytes());
         let given = usize::try_from(size).map_err(|_| Errno::TOOBIG)?;
-        if given < min.max(word.len()) {
+        if given < min.max(4) {
             return Err(Errno::INVAL);
         }
         // An argument that cannot be in any address space faults before a byte of it is looked at.
         offset(addr, given)?;
-        let mut value = T::new_zeroed();
         if given > size_of::<T>() {
             check_zeroed(mem, offset(addr, size_of::<T>())?, given - size_of::<T>())?;
         }
         let (known, _) = split(value.as_mut_bytes(), given);
-        copy_in(mem, addr, known)?;
-        // The client may have changed the word between the two reads; what was checked is what counts.
-        if let Some(field) = known.first_chunk_mut::<4>() {
-            *field = word;
+        if let Some(rest) = known.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            copy_in(mem, offset(addr, done)?, rest)?;
         }
         Ok((value, size))
     }
