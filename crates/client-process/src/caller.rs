@@ -124,6 +124,25 @@ impl Caller {
         Ok(done)
     }
 
+    /// Fills both of them, each from its address, out of one and the same address space; false if
+    /// not all of it could be read.
+    pub(crate) fn copy_in_both(
+        self,
+        (addr, buf): (u64, &mut [u8]),
+        (other, bytes): (u64, &mut [u8]),
+    ) -> bool {
+        let (Some(first), Some(second)) =
+            (remote(addr, 0, buf.len()), remote(other, 0, bytes.len()))
+        else {
+            return false;
+        };
+        let wanted = buf.len().saturating_add(bytes.len());
+        // One look at which address space is the thread's serves both pieces (`mm/process_vm_access.c`,
+        // `process_vm_rw_core`).
+        let mut local = [IoSliceMut::new(buf), IoSliceMut::new(bytes)];
+        uio::process_vm_readv(self.nix_pid(), &mut local, &[first, second]) == Ok(wanted)
+    }
+
     /// Writes `buf` into the caller's memory at `addr`, as `copy_to_user` does: a page that the caller
     /// itself may not write stays as it is.
     ///

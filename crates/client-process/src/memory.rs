@@ -67,17 +67,19 @@ impl Memory {
     ///
     /// As long as somebody keeps the result, the same is returned for further requests from the same
     /// address space, so that a client's mappings share it. For the thread that asked last that takes
-    /// two system calls.
+    /// two system calls; see also [`Memory::copy_in`].
     ///
     /// # Errors
     /// [`Errno::FAULT`]: the caller is gone or execs at this moment. [`Errno::PERM`] or
     /// [`Errno::ACCESS`]: we may not look into it. [`Errno::MFILE`]: no descriptor left.
     pub fn of(caller: Caller) -> Result<Arc<Self>> {
-        let last = lock(&THREADS).get(&caller.tid()).and_then(Weak::upgrade);
-        if let Some(last) = last
-            && last.is_of_last(caller)
+        if let Some(last) = Self::of_last(caller)
+            && let Some((addr, random)) = last.mark()
         {
-            return Ok(last);
+            let mut now = [0; 16];
+            if caller.copy_in(addr, &mut now).is_ok() && now == random && last.is_last(caller) {
+                return Ok(last);
+            }
         }
         let memory = Self::of_process(caller)?;
         // Before Linux 6.9 some threads cannot be held; they are asked all again each time.
@@ -95,20 +97,41 @@ impl Memory {
         Ok(memory)
     }
 
-    /// Whether this is the address space of a caller that is the last one to have asked: its thread
-    /// exists still, and so its number is no other's; and it has not executed another program, since
-    /// the kernel would have put other bytes in its place.
-    fn is_of_last(&self, caller: Caller) -> bool {
-        let held = lock(&self.last);
-        let same = held
-            .as_ref()
-            .is_some_and(|(tid, pidfd)| *tid == caller.tid() && is_running(pidfd));
-        drop(held);
-        let (Some(addr), Some(random)) = (self.at_random, &self.key.random) else {
-            return false;
-        };
-        let mut now = [0; 16];
-        same && caller.copy_in(addr, &mut now).is_ok() && now == *random
+    /// [`Caller::copy_in`], which for the thread that asked last tells at the same time what
+    /// [`Memory::of`] would: the address space that `buf` was filled from. `None` says nothing.
+    ///
+    /// # Errors
+    /// Those of [`Caller::copy_in`].
+    pub fn copy_in(caller: Caller, addr: u64, buf: &mut [u8]) -> Result<Option<Arc<Self>>> {
+        if let Some(last) = Self::of_last(caller)
+            && let Some((mark, random)) = last.mark()
+        {
+            let mut now = [0; 16];
+            if caller.copy_in_both((addr, buf), (mark, &mut now)) {
+                return Ok((now == random && last.is_last(caller)).then_some(last));
+            }
+        }
+        caller.copy_in(addr, buf).map(|()| None)
+    }
+
+    /// The address space of a thread of this number that has asked before.
+    fn of_last(caller: Caller) -> Option<Arc<Self>> {
+        lock(&THREADS).get(&caller.tid()).and_then(Weak::upgrade)
+    }
+
+    /// What the kernel has put into this address space at exec, and where. Another program of the
+    /// same thread has other bytes there.
+    fn mark(&self) -> Option<(u64, [u8; 16])> {
+        self.at_random.zip(self.key.random)
+    }
+
+    /// Whether the caller is the thread that asked last. It exists still, and so its number was no
+    /// other's before. Asked after the number was used: a child made by fork has the same
+    /// [`mark`](Self::mark), and could have the same number once the thread is gone.
+    fn is_last(&self, caller: Caller) -> bool {
+        let last = lock(&self.last);
+        last.as_ref()
+            .is_some_and(|(tid, pidfd)| *tid == caller.tid() && is_running(pidfd))
     }
 
     fn of_process(caller: Caller) -> Result<Arc<Self>> {

@@ -217,10 +217,20 @@ fn memory_is_one_address_space_and_no_other() {
     copy.write(addr, b"Z").unwrap();
     assert_eq!(client.ask(&format!("peek {addr}")), 0);
 
-    // The program after exec is not reached, whatever it has at that address.
+    // The program after exec is not reached, whatever it has at that address, and where the other had
+    // what the kernel tells programs apart by (AT_RANDOM, 25).
+    let auxv = std::fs::read(format!("/proc/{}/auxv", client.pid())).unwrap();
+    let (words, _) = auxv.as_chunks::<8>();
+    let words: Vec<u64> = words.iter().map(|w| u64::from_ne_bytes(*w)).collect();
+    let pair = words.chunks(2).find(|pair| pair[0] == 25).unwrap();
+    let mark = pair[1] & !(PAGE - 1);
     assert_eq!(client.tell("exec"), "ready");
+    let at = client.ask(&format!("remap private 8192 rw {mark}"));
+    assert_eq!(at, mark);
     assert!(!memory.is_alive());
     assert_eq!(client.ask(&format!("remap private 4096 rw {addr}")), addr);
+    let known = Memory::copy_in(caller(&client), addr, &mut [0]).unwrap();
+    assert!(known.is_none(), "another program of the same process");
     assert_eq!(memory.read(addr, &mut [0]), Err(Errno::FAULT));
     assert_eq!(memory.write(addr, &[1]), Err(Errno::FAULT));
     assert_eq!(memory.write_checked(addr, &[1]), Err(Errno::FAULT));
@@ -234,6 +244,54 @@ fn memory_is_one_address_space_and_no_other() {
     assert_eq!(Memory::of(caller(&client)).unwrap_err(), Errno::FAULT);
     // It dies with its parent, but not if it has not come to ask for that yet.
     let _ = rustix::process::pidfd_send_signal(&held, rustix::process::Signal::KILL);
+}
+
+#[test]
+fn an_argument_and_its_address_space_are_told_by_one_look() {
+    let mut client = Child::start();
+    let answer = client.tell("thread shared");
+    let tid = answer.split_once(' ').unwrap().0;
+    let thread = Caller::new(tid.parse().unwrap()).unwrap();
+    let addr = client.ask("map private 4096 rw") + 5;
+    let mut byte = [0];
+    let known = Memory::copy_in(thread, addr, &mut byte).unwrap();
+    assert!(known.is_none() && byte == [5], "it has never asked");
+    let memory = Memory::of(thread).unwrap();
+    let known = Memory::copy_in(thread, addr, &mut byte).unwrap().unwrap();
+    assert!(Arc::ptr_eq(&known, &memory) && byte == [5]);
+    for addr in [0, u64::MAX, 1 << 63] {
+        let known = Memory::copy_in(thread, addr, &mut [0; 2]);
+        assert_eq!(known.unwrap_err(), Errno::FAULT, "{addr:#x}");
+    }
+    // Another thread asks, then the first again: each is told apart from the other.
+    let leader = Memory::of(caller(&client)).unwrap();
+    assert!(Arc::ptr_eq(&leader, &memory));
+    let known = Memory::copy_in(thread, addr, &mut byte).unwrap();
+    assert!(known.is_none_or(|known| Arc::ptr_eq(&known, &memory)));
+    assert!(Arc::ptr_eq(&Memory::of(thread).unwrap(), &memory));
+
+    // The thread ends, and a child made by fork gets its number. What the kernel has written at exec
+    // is the same in both.
+    client.tell("end");
+    let forked = client.tell(&format!("fork-as {tid}"));
+    if forked != tid {
+        println!("cannot choose a number: {forked}");
+        return;
+    }
+    client.tell(&format!("poke {addr} 77"));
+    let known = Memory::copy_in(thread, addr, &mut byte).unwrap();
+    assert!(known.is_none() && byte == [5], "the child's byte");
+    let copy = Memory::of(thread).unwrap();
+    assert_eq!(
+        (copy.tgid(), memory.tgid()),
+        (thread.tid(), pid(client.pid()))
+    );
+    copy.read(addr, &mut byte).unwrap();
+    assert_eq!(byte, [5]);
+    memory.read(addr, &mut byte).unwrap();
+    assert_eq!(byte, [77]);
+    let known = Memory::copy_in(thread, addr, &mut byte).unwrap().unwrap();
+    assert!(Arc::ptr_eq(&known, &copy));
 }
 
 #[test]

@@ -61,4 +61,10 @@ pub trait Caller: UserMemory {
 
     /// A lasting hold on the caller's address space, for DMA.
     fn memory(&self) -> Result<Arc<Memory>>;
+
+    /// [`copy_in`](UserMemory::copy_in), with what [`memory`](Caller::memory) returns if it can be
+    /// told at the same time; `None` says nothing.
+    fn copy_in_known(&self, addr: u64, buf: &mut [u8]) -> Result<Option<Arc<Memory>>> {
+        self.copy_in(addr, buf).map(|()| None)
+    }
 }

@@ -136,4 +136,8 @@ impl Caller for FuseCaller<'_> {
     fn memory(&self) -> Result<Arc<Memory>, Errno> {
         Memory::of(self.thread)
     }
+
+    fn copy_in_known(&self, addr: u64, buf: &mut [u8]) -> Result<Option<Arc<Memory>>, Errno> {
+        Memory::copy_in(self.thread, addr, buf)
+    }
 }

@@ -13,13 +13,24 @@ use std::process::ChildStdout;
 use std::process::Command;
 use std::process::Stdio;
 use std::str::SplitWhitespace;
+use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::Duration;
+use std::time::Instant;
 
 use rustix::fd::AsRawFd;
 use rustix::fd::FromRawFd;
 use rustix::fd::IntoRawFd;
 use rustix::fd::OwnedFd;
+use rustix::process::Pid;
 
 const ROLE: &str = "CLIENT_PROCESS_TEST_ROLE";
+
+/// The threads that the client has made, and whether they are to end.
+static THREADS: Mutex<Vec<JoinHandle<()>>> = Mutex::new(Vec::new());
+static END: AtomicBool = AtomicBool::new(false);
 
 /// What the memory of a new mapping holds.
 #[must_use]
@@ -210,11 +221,12 @@ fn act(verb: &str, words: &mut SplitWhitespace<'_>) -> String {
             drop(unsafe { OwnedFd::from_raw_fd(word().parse().unwrap()) });
             "0".to_owned()
         }
-        // thread shared|unshared: "TID FD", the descriptor being an eventfd of the thread's table
+        // thread shared|unshared: "TID FD", the descriptor being an eventfd of the thread's table.
+        // It lives until `end`.
         "thread" => {
             let own_table = word() == "unshared";
             let (tell, told) = std::sync::mpsc::channel();
-            std::thread::spawn(move || {
+            let thread = std::thread::spawn(move || {
                 if own_table {
                     // SAFETY: this thread uses no descriptor that another would close.
                     assert_eq!(unsafe { libc::unshare(libc::CLONE_FILES) }, 0);
@@ -222,30 +234,75 @@ fn act(verb: &str, words: &mut SplitWhitespace<'_>) -> String {
                 let fd = rustix::event::eventfd(7, rustix::event::EventfdFlags::empty()).unwrap();
                 let tid = rustix::thread::gettid().as_raw_nonzero();
                 tell.send(format!("{tid} {}", fd.as_raw_fd())).unwrap();
-                loop {
+                while !END.load(Ordering::SeqCst) {
                     std::thread::park();
                 }
             });
+            THREADS.lock().unwrap().push(thread);
             told.recv().unwrap()
         }
+        "end" => {
+            END.store(true, Ordering::SeqCst);
+            for thread in THREADS.lock().unwrap().drain(..) {
+                thread.thread().unpark();
+                thread.join().unwrap();
+            }
+            "0".to_owned()
+        }
         "fork" => {
+            let parent = rustix::process::getpid();
             // SAFETY: the child does nothing but wait for its death.
             match unsafe { libc::fork() } {
-                0 => loop {
-                    // SAFETY: no arguments.
-                    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
-                    // SAFETY: no arguments.
-                    unsafe { libc::pause() };
-                },
+                0 => wait_for_death(parent),
                 pid => pid.to_string(),
             }
         }
+        // fork-as TID: the number is nobody's, or about to be
+        "fork-as" => fork_as(word().parse().unwrap()),
         "die" => {
             touch_memory_that_is_gone();
             "alive".to_owned()
         }
         "exec" => panic!("{}", command().exec()),
         other => panic!("{other}?"),
+    }
+}
+
+/// What a child made by fork does.
+fn wait_for_death(parent: Pid) -> ! {
+    // SAFETY: no arguments.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    // The parent may have died before that.
+    while rustix::process::getppid() == Some(parent) {
+        // SAFETY: no arguments.
+        unsafe { libc::pause() };
+    }
+    // SAFETY: no arguments.
+    unsafe { libc::_exit(0) }
+}
+
+/// A fork whose child has this number; the error if the kernel does not let us choose it.
+fn fork_as(number: libc::pid_t) -> String {
+    // SAFETY: numbers and addresses, of which none is a valid value.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.exit_signal = libc::SIGCHLD as u64;
+    args.set_tid = (&raw const number).addr() as u64;
+    args.set_tid_size = 1;
+    let until = Instant::now() + Duration::from_secs(10);
+    let parent = rustix::process::getpid();
+    loop {
+        // SAFETY: without a stack it is a fork, and the child does nothing but wait for its death.
+        let child = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) };
+        let error = std::io::Error::last_os_error();
+        match child {
+            0 => wait_for_death(parent),
+            // The thread that had it is not quite gone.
+            -1 if error.raw_os_error() == Some(libc::EEXIST) && Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            -1 => return error.to_string(),
+            child => return child.to_string(),
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use super::file::Container;
 use super::type1::{Type1, Version};
 use super::unmap::What;
 use crate::caller::Caller;
-use crate::dma::{Prot, page_size};
+use crate::dma::{Mapper, Prot, page_size};
 use crate::{Errno, Result};
 use dma_memory::Range;
 use std::sync::Arc;
@@ -86,7 +86,8 @@ fn capabilities(backend: &Type1) -> Caps {
 
 /// `vfio_iommu_type1_map_dma`, `vfio_dma_do_map`.
 fn map_dma(backend: &Type1, arg: u64, caller: &dyn Caller) -> Result {
-    let (map, _) = vfio::read::<DmaMap, _>(caller, arg, DmaMap::MIN_SIZE)?;
+    let mapper = Mapper::new(caller);
+    let (map, _) = vfio::read::<DmaMap, _>(&mapper, arg, DmaMap::MIN_SIZE)?;
     if map.flags.has_unknown_bits() {
         return Err(Errno::INVAL);
     }
@@ -104,7 +105,7 @@ fn map_dma(backend: &Type1, arg: u64, caller: &dyn Caller) -> Result {
         return Err(Errno::INVAL);
     }
     // It looks into the client's address space, so no lock is held yet.
-    let memory = backend.mapper.memory(caller);
+    let memory = backend.mapper.memory(&mapper);
     if set_vaddr {
         backend.map_vaddr(range, map.vaddr, memory)
     } else {

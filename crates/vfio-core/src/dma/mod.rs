@@ -19,8 +19,10 @@ use crate::caller::Caller;
 use crate::device::WeakDevice;
 use client_process::Memory;
 use dma_memory::Range;
+use std::cell::Cell;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use vfio_uapi::UserMemory;
 
 /// How long an unmap waits for one access that is in progress in an area, and a detach for those
 /// on its route. An access takes longer only if the client's memory does not answer.
@@ -52,10 +54,40 @@ pub(crate) fn length(range: Range) -> u64 {
 #[derive(Debug, Default)]
 pub(crate) struct LastMapper(Mutex<Option<Arc<Memory>>>);
 
+/// Who asks for a mapping. Copying the argument in tells the address space as well, if it can.
+pub(crate) struct Mapper<'a> {
+    caller: &'a dyn Caller,
+    known: Cell<Option<Arc<Memory>>>,
+}
+
+impl<'a> Mapper<'a> {
+    pub(crate) fn new(caller: &'a dyn Caller) -> Mapper<'a> {
+        Mapper {
+            caller,
+            known: Cell::new(None),
+        }
+    }
+
+    fn memory(&self) -> Result<Arc<Memory>> {
+        self.known.take().map_or_else(|| self.caller.memory(), Ok)
+    }
+}
+
+impl UserMemory for Mapper<'_> {
+    fn copy_in(&self, addr: u64, buf: &mut [u8]) -> Result {
+        self.known.set(self.caller.copy_in_known(addr, buf)?);
+        Ok(())
+    }
+
+    fn copy_out(&self, addr: u64, buf: &[u8]) -> Result {
+        self.caller.copy_out(addr, buf)
+    }
+}
+
 impl LastMapper {
-    /// A lasting hold on the caller's address space.
-    pub(crate) fn memory(&self, caller: &dyn Caller) -> Result<Arc<Memory>> {
-        let memory = caller.memory()?;
+    /// A lasting hold on the address space that the argument was copied from.
+    pub(crate) fn memory(&self, mapper: &Mapper<'_>) -> Result<Arc<Memory>> {
+        let memory = mapper.memory()?;
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let before = match &*last {
             Some(last) if Arc::ptr_eq(last, &memory) => None,

@@ -7,7 +7,7 @@ use super::Iommufd;
 use super::ioas::{Ioas, Part, Place};
 use super::table::{Leftovers, MAX_OBJECTS, Object};
 use crate::caller::{Caller, Capability};
-use crate::dma::{Prot, page_size};
+use crate::dma::{Mapper, Prot, page_size};
 use crate::{Errno, Result};
 use dma_memory::{ProcessMemory, Range, Source};
 use std::collections::BTreeMap;
@@ -110,7 +110,8 @@ impl Iommufd {
     }
 
     fn map(&self, arg: u64, caller: &dyn Caller) -> Result {
-        let (mut cmd, size) = read::<IoasMap, _>(caller, arg, IoasMap::MIN_SIZE)?;
+        let mapper = Mapper::new(caller);
+        let (mut cmd, size) = read::<IoasMap, _>(&mapper, arg, IoasMap::MIN_SIZE)?;
         if cmd.reserved != 0 {
             return Err(Errno::OPNOTSUPP);
         }
@@ -118,7 +119,7 @@ impl Iommufd {
         let ioas = self.ioas(cmd.ioas_id)?;
         check_span(cmd.user_va, cmd.length)?;
         let files = Arc::clone(self.files());
-        let memory = ProcessMemory::new(self.mapper.memory(caller)?, cmd.user_va, files);
+        let memory = ProcessMemory::new(self.mapper.memory(&mapper)?, cmd.user_va, files);
         let part = Part {
             source: Source::Process(memory),
             len: cmd.length,

@@ -6,7 +6,7 @@ use super::ioas::{Ioas, Part, Place};
 use super::table::{Leftovers, Object};
 use crate::caller::Caller;
 use crate::device::{Binding, Device, DmaSpace};
-use crate::dma::{Prot, page_sizes};
+use crate::dma::{Mapper, Prot, page_sizes};
 use crate::{Errno, Result};
 use dma_memory::{ProcessMemory, Range, Source};
 use std::mem::offset_of;
@@ -110,7 +110,8 @@ impl Iommufd {
 
     /// Without `READ` and `WRITE` a place is taken that no device can reach.
     fn compat_map_dma(&self, arg: u64, caller: &dyn Caller) -> Result {
-        let (map, _) = vfio::read::<DmaMap, _>(caller, arg, DmaMap::MIN_SIZE)?;
+        let mapper = Mapper::new(caller);
+        let (map, _) = vfio::read::<DmaMap, _>(&mapper, arg, DmaMap::MIN_SIZE)?;
         if !(map.flags - (MapFlags::READ | MapFlags::WRITE)).is_empty() {
             return Err(Errno::INVAL);
         }
@@ -123,7 +124,7 @@ impl Iommufd {
         let files = Arc::clone(self.files());
         let part = Part {
             source: Source::Process(ProcessMemory::new(
-                self.mapper.memory(caller)?,
+                self.mapper.memory(&mapper)?,
                 map.vaddr,
                 files,
             )),
