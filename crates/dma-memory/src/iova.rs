@@ -107,6 +107,8 @@ pub struct IovaMap<T> {
         reason = "making room for a chunk moves all after it, so pointers must do"
     )]
     chunks: Vec<Box<Chunk<T>>>,
+    /// An empty chunk for the next: a client that maps and unmaps one area has none made each time.
+    spare: Option<Box<Chunk<T>>>,
     len: usize,
 }
 
@@ -128,6 +130,7 @@ impl<T> Default for IovaMap<T> {
             firsts: Vec::new(),
             holes: Vec::new(),
             chunks: Vec::new(),
+            spare: None,
             len: 0,
         }
     }
@@ -228,7 +231,8 @@ impl<T> IovaMap<T> {
             .partition_point(|first| *first <= range.start)
             .saturating_sub(1);
         let Some(chunk) = self.chunks.get(at) else {
-            self.push_chunk(0, Chunk::with(range, value), u64::MAX);
+            let chunk = self.chunk_of(range, value);
+            self.push_chunk(0, chunk, u64::MAX);
             self.len += 1;
             return Ok(());
         };
@@ -248,7 +252,8 @@ impl<T> IovaMap<T> {
             let is_end = entry == chunk.ranges.len() && at + 1 == self.chunks.len();
             if is_end {
                 // Areas added in order fill their chunks.
-                self.push_chunk(at + 1, Chunk::with(range, value), hole);
+                let chunk = self.chunk_of(range, value);
+                self.push_chunk(at + 1, chunk, hole);
                 self.len += 1;
                 return Ok(());
             }
@@ -310,7 +315,7 @@ impl<T> IovaMap<T> {
                 self.shrink(place.chunk);
             }
             None => {
-                self.chunks.remove(place.chunk);
+                self.spare = Some(self.chunks.remove(place.chunk));
                 self.firsts.remove(place.chunk);
                 self.holes.remove(place.chunk);
                 // The hole after the last entry before it was counted while the empty chunk was there.
@@ -488,8 +493,15 @@ impl<T> IovaMap<T> {
         hole_between(range, next.as_ref())
     }
 
-    fn push_chunk(&mut self, at: usize, chunk: Chunk<T>, hole: u64) {
-        let chunk = Box::new(chunk);
+    /// A chunk with one entry.
+    fn chunk_of(&mut self, range: Range, value: T) -> Box<Chunk<T>> {
+        let mut chunk = self.spare.take().unwrap_or_default();
+        chunk.ranges.insert(0, range);
+        chunk.values.push(value);
+        chunk
+    }
+
+    fn push_chunk(&mut self, at: usize, chunk: Box<Chunk<T>>, hole: u64) {
         self.firsts
             .insert(at, chunk.ranges.first().map_or(0, |r| r.start));
         self.holes.insert(at, AtomicU64::new(hole));
@@ -500,10 +512,10 @@ impl<T> IovaMap<T> {
         let Some(chunk) = self.chunks.get_mut(at) else {
             return;
         };
-        let upper = Chunk {
+        let upper = Box::new(Chunk {
             ranges: chunk.ranges.split_off(middle),
             values: split_off(&mut chunk.values, middle),
-        };
+        });
         let hole = self
             .holes
             .get(at)
@@ -539,13 +551,11 @@ impl<T> IovaMap<T> {
     }
 }
 
-impl<T> Chunk<T> {
-    fn with(range: Range, value: T) -> Self {
-        let mut ranges = Ranges::default();
-        ranges.insert(0, range);
+impl<T> Default for Chunk<T> {
+    fn default() -> Self {
         Self {
-            values: vec![value],
-            ranges,
+            values: Vec::new(),
+            ranges: Ranges::default(),
         }
     }
 }

@@ -203,6 +203,33 @@ fn the_last_address_can_be_mapped() {
 }
 
 #[test]
+fn an_emptied_map_is_filled_again_as_a_new_one() {
+    let mut map = IovaMap::new();
+    let areas = |from: u64| (0..200).map(move |n| (from + n * 16, n));
+    for from in [0, 8, 0x1_0000] {
+        for (start, n) in areas(from) {
+            map.insert(Range::with_len(start, 8).unwrap(), n).unwrap();
+        }
+        assert!(
+            map.iter()
+                .map(|(range, n)| (range.start(), *n))
+                .eq(areas(from))
+        );
+        let all = Range::ALL;
+        assert_eq!(
+            map.find_hole(9, 1, 0, all),
+            Ok(if from > 8 { 0 } else { from + 199 * 16 + 8 })
+        );
+        for (start, n) in areas(from) {
+            assert_eq!(map.remove(start).map(|(_, n)| n), Some(n));
+            assert_eq!(map.find(start), None);
+        }
+        assert!(map.is_empty() && map.iter().next().is_none());
+        assert_eq!(map.find_hole(u64::MAX, 1, 0, all), Ok(0));
+    }
+}
+
+#[test]
 fn ranges_refuse_what_wraps_or_is_empty() {
     assert_eq!(Range::with_len(5, 0), Err(Errno::INVAL));
     assert_eq!(Range::with_len(u64::MAX, 2), Err(Errno::OVERFLOW));
