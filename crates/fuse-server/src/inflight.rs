@@ -15,7 +15,6 @@ type Callback = Box<dyn FnOnce() + Send>;
 #[derive(Default)]
 struct Extra {
     on_interrupt: Option<Callback>,
-    deadline: Option<(Instant, Errno)>,
     interrupted: Option<Instant>,
     at_once: bool,
 }
@@ -24,7 +23,16 @@ struct Extra {
 struct Slot {
     /// The request's unique; 0, which no request has, marks a free slot.
     unique: u64,
+    /// Here and not with the rest, as every ioctl has one.
+    deadline: Option<(Instant, Errno)>,
     extra: Option<Box<Extra>>,
+}
+
+impl Slot {
+    fn is_timed(&self) -> bool {
+        let extra = self.extra.as_ref();
+        self.deadline.is_some() || extra.is_some_and(|extra| extra.interrupted.is_some())
+    }
 }
 
 #[derive(Default)]
@@ -35,13 +43,14 @@ pub(crate) struct Table {
 
 /// Proof that the entry was taken out: the holder answers. Dropping it drops the callback, so do that outside the lock.
 pub(crate) struct Taken {
-    extra: Option<Box<Extra>>,
+    timed: bool,
+    _extra: Option<Box<Extra>>,
 }
 
 impl Taken {
     /// Whether the entry was counted as timed (see [`Table::timed`]).
     pub(crate) fn was_timed(&self) -> bool {
-        self.extra.as_ref().is_some_and(|extra| extra.is_timed())
+        self.timed
     }
 }
 
@@ -56,12 +65,6 @@ pub(crate) enum Interrupt {
         callback: Option<Callback>,
         newly_timed: bool,
     },
-}
-
-impl Extra {
-    fn is_timed(&self) -> bool {
-        self.deadline.is_some() || self.interrupted.is_some()
-    }
 }
 
 impl Table {
@@ -87,10 +90,14 @@ impl Table {
         if entry.unique != unique {
             return None;
         }
+        let taken = Taken {
+            timed: entry.is_timed(),
+            _extra: entry.extra.take(),
+        };
         entry.unique = 0;
-        let extra = entry.extra.take();
+        entry.deadline = None;
         self.free.push(slot);
-        Some(Taken { extra })
+        Some(taken)
     }
 
     pub(crate) fn contains(&self, slot: u32, unique: u64) -> bool {
@@ -104,25 +111,30 @@ impl Table {
         u32::try_from(position).ok()
     }
 
-    fn extra(&mut self, slot: u32, unique: u64) -> Option<&mut Extra> {
+    fn entry(&mut self, slot: u32, unique: u64) -> Option<&mut Slot> {
         let entry = self.slots.get_mut(slot as usize)?;
-        (entry.unique == unique).then(|| &mut **entry.extra.get_or_insert_default())
+        (entry.unique == unique).then_some(entry)
+    }
+
+    fn extra(&mut self, slot: u32, unique: u64) -> Option<&mut Extra> {
+        Some(self.entry(slot, unique)?.extra.get_or_insert_default())
     }
 
     pub(crate) fn interrupt(&mut self, unique: u64, now: Instant) -> Interrupt {
         let Some(slot) = self.find(unique) else {
             return Interrupt::Unknown;
         };
-        let Some(extra) = self.extra(slot, unique) else {
+        let Some(entry) = self.entry(slot, unique) else {
             return Interrupt::Unknown;
         };
+        let newly_timed = !entry.is_timed();
+        let extra = entry.extra.get_or_insert_default();
         if extra.at_once {
             return match self.take(slot, unique) {
                 Some(taken) => Interrupt::AnswerNow(taken),
                 None => Interrupt::Unknown,
             };
         }
-        let newly_timed = !extra.is_timed();
         extra.interrupted.get_or_insert(now);
         Interrupt::Marked {
             callback: extra.on_interrupt.take(),
@@ -175,11 +187,11 @@ impl Table {
         at: Instant,
         errno: Errno,
     ) -> bool {
-        let Some(extra) = self.extra(slot, unique) else {
+        let Some(entry) = self.entry(slot, unique) else {
             return false;
         };
-        let newly = !extra.is_timed();
-        extra.deadline = Some((at, errno));
+        let newly = !entry.is_timed();
+        entry.deadline = Some((at, errno));
         newly
     }
 
@@ -190,8 +202,11 @@ impl Table {
         grace: Duration,
     ) -> Option<(u64, Errno, Taken)> {
         let (slot, unique, errno) = self.slots.iter().enumerate().find_map(|(slot, entry)| {
-            let extra = entry.extra.as_ref().filter(|_| entry.unique != 0)?;
-            let errno = match (extra.deadline, extra.interrupted) {
+            if entry.unique == 0 {
+                return None;
+            }
+            let interrupted = entry.extra.as_ref().and_then(|extra| extra.interrupted);
+            let errno = match (entry.deadline, interrupted) {
                 (Some((at, errno)), _) if at <= now => errno,
                 (_, Some(since)) if now.saturating_duration_since(since) >= grace => Errno::INTR,
                 _ => return None,

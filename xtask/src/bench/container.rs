@@ -26,12 +26,7 @@ pub(super) const ROWS: [Benchmark; 2] = [
         name: "MAP_DMA + UNMAP_DMA of 2 MiB of shared memory",
         against: "a null FUSE server that copies the same arguments",
         goal: Goal::AtMost(1.25),
-        known_miss: Some(
-            "1.5: a mapping outlives the call, so each MAP_DMA makes sure whose address space it is: \
-             two system calls (is the thread still the one known by that number, has it executed \
-             another program) that a server which only copies has not. An ioctl without them is at \
-             1.12; the rest of the difference has not been taken apart",
-        ),
+        known_miss: None,
         run: map_and_unmap,
     },
     Benchmark {
