@@ -11,13 +11,18 @@ pub const NO_PASSTHROUGH: &str =
 /// Whether this kernel is new enough for FUSE passthrough; the reason to skip is
 /// [`NO_PASSTHROUGH`].
 pub fn kernel_has_passthrough() -> bool {
+    kernel_is_at_least(6, 9)
+}
+
+/// Whether this kernel is of this version or newer. One whose release says no number counts as new.
+pub fn kernel_is_at_least(major: u32, minor: u32) -> bool {
     let uname = rustix::system::uname();
     let release = uname.release().to_string_lossy();
     let mut numbers = release
         .split(|c: char| !c.is_ascii_digit())
         .map(str::parse::<u32>);
     match (numbers.next(), numbers.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= (6, 9),
+        (Some(Ok(its_major)), Some(Ok(its_minor))) => (its_major, its_minor) >= (major, minor),
         _ => true,
     }
 }
