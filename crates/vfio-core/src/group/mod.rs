@@ -94,6 +94,8 @@ struct Open {
     fds: bool,
     /// Members that are open through the container: each keeps the file.
     kept: u32,
+    /// Somebody is about to end it: it is open until that is done.
+    closing: bool,
 }
 
 /// What SET_CONTAINER has set.
@@ -214,6 +216,7 @@ impl Group {
             opener,
             fds: true,
             kept: 0,
+            closing: false,
         }));
         Ok(Arc::new(GroupFile::new(self, id)))
     }
@@ -259,24 +262,23 @@ impl Group {
     /// can be opened again. To be called with the books unlocked.
     fn finish_close(&self) {
         let mut state = self.state();
-        if state
-            .open
-            .as_ref()
-            .is_none_or(|open| open.fds || open.kept > 0)
-        {
-            return;
-        }
-        let id = state.open.as_ref().map(|open| open.id);
-        let left = match &state.backend {
-            // Whoever joins finds the file closed, and takes it back.
-            Backend::Joining => Backend::None,
-            _ => std::mem::replace(&mut state.backend, Backend::None),
+        // Who takes the container out of the books is who makes the group free, when it is left:
+        // another thread that comes meanwhile finds nothing to take and must not.
+        let id = match &mut state.open {
+            Some(open) if !open.fds && open.kept == 0 && !open.closing => {
+                open.closing = true;
+                open.id
+            }
+            _ => return,
         };
+        // Of a SET_CONTAINER under way this takes the mark: it finds the file closed, and takes back what
+        // it has joined.
+        let left = std::mem::replace(&mut state.backend, Backend::None);
         drop(state);
         // The last group of a container takes its mappings along.
         drop(left);
         let mut state = self.state();
-        if state.open.as_ref().map(|open| open.id) == id {
+        if state.open.as_ref().is_some_and(|open| open.id == id) {
             state.open = None;
         }
         drop(state);

@@ -524,3 +524,33 @@ fn many_threads_leave_nothing() {
     two.unregister().wait();
     assert!(!group.is_alive());
 }
+
+/// A client that is killed in SET_CONTAINER: its file goes while the command is under way.
+#[test]
+fn a_group_closed_while_it_joins_is_free_for_the_next() {
+    let world = World::impatient();
+    let iommu = world.hardware();
+    let (one, _) = device(&world.core, "one", Some(&iommu));
+    let group = one.device().vfio_group().unwrap();
+    let (fd, container) = world.container();
+    let mut interrupted = 0;
+    for round in 0..400 {
+        let file = group.open(opener()).unwrap();
+        let joined = std::thread::scope(|scope| {
+            let joins = scope.spawn(|| world.set_container(&file, fd));
+            for _ in 0..round {
+                std::hint::spin_loop();
+            }
+            file.release();
+            joins.join().unwrap()
+        });
+        interrupted += u32::from(joined == Err(Errno::BADF));
+        let next = group.open(opener()).unwrap();
+        assert_eq!(world.set_container(&next, fd), Ok(0), "round {round}");
+        assert_eq!(world.unset_container(&next), Ok(0));
+        next.release();
+    }
+    assert!(interrupted > 0);
+    container.close();
+    one.unregister().wait();
+}
