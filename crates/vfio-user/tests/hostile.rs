@@ -604,6 +604,32 @@ fn answers_to_dma_that_do_not_fit_are_errors_of_that_access() {
     host.until_free();
 }
 
+#[test]
+fn a_client_that_stops_reading_in_the_midst_of_a_command_is_closed() {
+    let _guard = with_others();
+    let host = Host::new();
+    let mut raw = greeted(&host);
+    let map = [32u32, 3, 0, 0, 0x1000, 0, 2 << 20, 0];
+    assert_eq!(raw.errno(command::DMA_MAP, map.as_bytes()), None);
+    let access = RegionAccess {
+        offset: LATER_FLOOD,
+        region: 0,
+        count: 8,
+    };
+    let flood = [access.as_bytes(), &0x1000u64.to_ne_bytes()].concat();
+    let flood = Raw::message(9, command::REGION_WRITE, flags_no_reply(), &flood);
+    raw.send(&flood);
+    until("the driver is told", || {
+        host.seen.flooded.lock().unwrap().is_some()
+    });
+    let flooded = *host.seen.flooded.lock().unwrap();
+    assert_eq!(flooded, Some(Err(Errno::TIMEDOUT)));
+    // A part of the command is there; no more will come, and it must not be waited for.
+    assert!(raw.is_closed(), "it waits for the rest");
+    host.until_free();
+    still_serves(&mut greeted(&host));
+}
+
 fn flags_no_reply() -> u32 {
     vfio_user::wire::flags::NO_REPLY
 }

@@ -15,7 +15,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use vfio_core::device::DmaSpace;
 use vfio_core::{Errno, Result};
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 /// How long a client may take to answer a command of ours. Less than the 5 s after which QEMU gives
 /// up on an answer of ours that may depend on it.
@@ -124,10 +124,11 @@ impl Pipe {
             }
             unsent.gone = gone;
         }
-        unsent.total += bytes.len();
-        if unsent.total > UNSENT_MAX {
+        // What has begun to go out must go on: only then nothing else waits.
+        if unsent.total + bytes.len() > UNSENT_MAX {
             return Err(Errno::NOBUFS);
         }
+        unsent.total += bytes.len();
         let fds = if gone > 0 { Vec::new() } else { fds };
         unsent.messages.push_back((bytes.to_vec(), fds));
         self.has_unsent.store(true, Ordering::Release);
@@ -160,6 +161,29 @@ impl Pipe {
         }
         self.has_unsent.store(false, Ordering::Release);
         Ok(true)
+    }
+
+    /// Takes a command of ours back that still waits to be sent. False when a part of it has gone, so
+    /// that the rest must follow.
+    fn withdraw(&self, id: u16) -> bool {
+        let mut unsent = lock(&self.unsent);
+        let unsent = &mut *unsent;
+        let is_it = |(bytes, _): &(Vec<u8>, Vec<OwnedFd>)| {
+            Header::read_from_prefix(bytes)
+                .is_ok_and(|(header, _)| header.id == id && !header.is_reply())
+        };
+        let Some(at) = unsent.messages.iter().position(is_it) else {
+            return true;
+        };
+        if at == 0 && unsent.gone > 0 {
+            return false;
+        }
+        if let Some((bytes, _)) = unsent.messages.remove(at) {
+            unsent.total -= bytes.len();
+        }
+        self.has_unsent
+            .store(!unsent.messages.is_empty(), Ordering::Release);
+        true
     }
 
     pub(super) fn has_unsent(&self) -> bool {
@@ -316,6 +340,12 @@ impl Link {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() || sent.is_err() {
                 calls.waiting.remove(&id);
+                drop(calls);
+                // Nobody would send the rest, and the client would wait for it for ever.
+                if !pipe.withdraw(id) {
+                    tracing::warn!("a client stopped reading in the midst of a DMA command");
+                    self.shutdown();
+                }
                 return Err(sent.err().map_or(Errno::TIMEDOUT, |_| Errno::FAULT));
             }
             if pipe.has_unsent() {
@@ -521,5 +551,74 @@ impl DmaSpace for Link {
 
     fn write(&self, iova: u64, data: &[u8]) -> Result {
         self.access(iova, Data::Out(data))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, recv, socketpair};
+
+    fn pair() -> (Pipe, OwnedFd) {
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).expect("a pair");
+        (Pipe::new(ours), theirs)
+    }
+
+    fn message(id: u16, size: usize) -> Vec<u8> {
+        let header = Header {
+            id,
+            command: command::DMA_WRITE,
+            size: size as u32,
+            ..Header::default()
+        };
+        let mut bytes = header.as_bytes().to_vec();
+        bytes.resize(size, 0);
+        bytes
+    }
+
+    /// Sends what waits and reads all of it; how many bytes that were.
+    fn drain(pipe: &Pipe, theirs: &OwnedFd) -> usize {
+        let mut buf = vec![0; 1 << 20];
+        let mut read = 0;
+        loop {
+            let is_sent = pipe.flush().expect("a peer");
+            match recv(theirs, &mut buf[..], RecvFlags::DONTWAIT) {
+                Ok((_, n)) => read += n,
+                Err(Errno::AGAIN) if is_sent => return read,
+                Err(errno) => assert_eq!(errno, Errno::AGAIN),
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_refused_does_not_count_as_waiting() {
+        let (pipe, theirs) = pair();
+        let megabyte = message(0, 1 << 20);
+        let mut kept = 0;
+        while pipe.send(&megabyte, None).is_ok() {
+            kept += 1;
+        }
+        assert!(kept >= 16);
+        for _ in 0..20 {
+            assert_eq!(pipe.send(&megabyte, None), Err(Errno::NOBUFS));
+        }
+        assert_eq!(drain(&pipe, &theirs), kept << 20);
+        assert_eq!(pipe.send(&megabyte, None), Ok(()), "all of it has gone");
+        assert_eq!(drain(&pipe, &theirs), 1 << 20);
+    }
+
+    #[test]
+    fn a_command_can_be_taken_back_until_it_begins_to_go() {
+        let (pipe, theirs) = pair();
+        for id in 1..4 {
+            pipe.send(&message(id, 1 << 20), None).expect("kept");
+        }
+        assert!(!pipe.withdraw(1), "it has begun");
+        assert!(pipe.withdraw(2));
+        assert_eq!(drain(&pipe, &theirs), 2 << 20);
+        assert!(pipe.withdraw(3), "it has gone");
+        assert!(!pipe.has_unsent());
     }
 }

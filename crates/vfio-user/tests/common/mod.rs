@@ -51,6 +51,8 @@ pub const PANIC: u64 = 72;
 pub const STUCK: u64 = 80;
 /// A thread of the driver reads 2 KiB from there to the upper half of the registers.
 pub const LATER_BULK: u64 = 88;
+/// A thread of the driver writes 1 MiB there, more than a socket holds.
+pub const LATER_FLOOD: u64 = 96;
 /// Region 1 can be mapped, region 2 in two areas, region 3 in one. Region 7 is 255 bytes long.
 pub const MAPPED: u64 = 8192;
 
@@ -65,6 +67,8 @@ pub struct Seen {
     pub gate: Mutex<()>,
     pub stuck: AtomicU32,
     pub stopped: AtomicU32,
+    /// What came of `LATER_FLOOD`.
+    pub flooded: Mutex<Option<Result>>,
 }
 
 #[derive(Debug)]
@@ -226,6 +230,14 @@ impl DeviceOps for Probe {
                     let mut registers = registers.lock().unwrap();
                     registers[2048..].copy_from_slice(&bulk);
                     registers[DONE as usize] += u8::from(done.is_ok());
+                });
+            }
+            (0, LATER_FLOOD) => {
+                let (dma, iova) = (session.dma.clone(), iova()?);
+                let seen = Arc::clone(&self.0);
+                std::thread::spawn(move || {
+                    let done = dma.write(iova, &vec![0; 1 << 20]);
+                    *seen.flooded.lock().unwrap() = Some(done);
                 });
             }
             (0, FIRE) => {
