@@ -197,6 +197,12 @@ impl Connection {
                 Ok(got) => {
                     self.receiver.fed(got.bytes, got.fds, got.lost);
                     silent_since = None;
+                    // Also of one that says it byte by byte, and never rests.
+                    if !self.has_session() && self.deadline.is_some_and(|end| end < Instant::now())
+                    {
+                        self.too_late();
+                        return Ok(Next::Closed);
+                    }
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) if polling.is_some() && !hub.is_left() => {
@@ -340,7 +346,6 @@ fn hello(
         };
         (errno, what.to_owned())
     })?;
-    let file = offer.admit(link, who, hello.kind)?;
     let mut twin = None;
     reply.clear();
     if hello.twin && hello.msg_fds > 0 {
@@ -355,6 +360,8 @@ fn hello(
         twin = Some(ours);
         reply.fd = Some(theirs);
     }
+    // Last of what can fail: whoever is admitted has the device, and leaves it.
+    let file = offer.admit(link, who, hello.kind)?;
     let has_twin = twin.is_some();
     reply.push(&hello.answer(message.payload.len(), has_twin));
     let terms = Terms {

@@ -289,7 +289,8 @@ impl Hub {
             if let (Ok(_), Some(event)) = (got, events.first()) {
                 let key = event.data.u64();
                 let is_crowded = self.threads.load(Ordering::SeqCst) >= self.options.threads.max(1);
-                if left == 0 && key > TIMER && (is_crowded || self.spawn().is_err()) {
+                // Also for the timer: whom it is over for is closed by this thread.
+                if left == 0 && (is_crowded || self.spawn().is_err()) {
                     // Without a successor this one serves what is there and comes back.
                     self.is_left.store(true, Ordering::SeqCst);
                 }
