@@ -404,10 +404,13 @@ impl Tree {
 
     /// The kernel forgets a device's name; with it goes what is mounted there, in every namespace.
     fn forget_name(self: &Arc<Self>, name: &str) {
+        // The newest: the kernel may know devices of that name that have gone, as long as somebody holds
+        // their nodes.
         let known = self
             .nodes()
             .iter()
-            .find(|(_, known)| known.node.name == name)
+            .filter(|(_, known)| known.node.name == name)
+            .max_by_key(|(id, _)| **id)
             .map(|(id, known)| (*id, known.node.serial));
         let Some((id, serial)) = known else { return };
         self.shared.mounter.gone(serial);

@@ -8,9 +8,11 @@ use client_process::FileId;
 use fuse_server::{
     Config, Connection, Features, Mount, MountOptions, Policy, ReplyOpen, Root, Workers,
 };
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -336,7 +338,23 @@ impl Mounter {
         }
     }
 
+    /// The node as it is seen on the `dev` connection, to be mounted on. `STALE`: its name leads to
+    /// another by now.
+    fn place(&self, path: &Path, node: &Node) -> Result<OwnedFd, Errno> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let place = rustix::fs::open(path, flags, Mode::empty())?;
+        let wanted = node.shared.file_id(crate::dev::ino(node.serial));
+        if wanted.is_none() || file_id(&place) != wanted {
+            return Err(Errno::STALE);
+        }
+        Ok(place)
+    }
+
     fn mount(self: &Arc<Self>, node: &Arc<Node>) -> Result<Own, Errno> {
+        let path = self.dir.join(&node.name);
+        // Somebody may still have the node of a device that has gone (O_PATH), and open it: what has its
+        // name now is not to be covered.
+        let place = self.place(&path, node)?;
         let options = MountOptions {
             root: Root::File,
             ..MountOptions::default()
@@ -356,23 +374,19 @@ impl Mounter {
         };
         // They end with the connection: when it is unmounted and the last file closed.
         drop(Workers::start(connection, Arc::new(handler), policy)?);
-        let place = self.dir.join(&node.name);
-        let mount = mount.attach(&place)?;
+        let mount = mount.attach_on(place.as_fd(), &path)?;
+        drop(place);
         // The root's owner is unknown until the kernel has asked for it once, and it lets nobody
         // write to a file of an unknown owner (`fs/namei.c`, `inode_permission`).
-        rustix::fs::stat(&place)?;
-        let id = rustix::fs::open(
-            &place,
-            rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC,
-            rustix::fs::Mode::empty(),
-        )
-        .ok()
-        .and_then(file_id)
-        // The kernel has not asked for the root's attributes yet and would say 1.
-        .map(|id| FileId {
-            ino: crate::dev::ino(node.serial),
-            ..id
-        });
+        rustix::fs::stat(&path)?;
+        let id = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+            .ok()
+            .and_then(file_id)
+            // The kernel has not asked for the root's attributes yet and would say 1.
+            .map(|id| FileId {
+                ino: crate::dev::ino(node.serial),
+                ..id
+            });
         if let Some(id) = id {
             let _ = through.id.set(id);
         }

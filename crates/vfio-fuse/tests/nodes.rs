@@ -143,3 +143,48 @@ fn an_open_file_outlives_the_name_and_is_waited_for() {
         seen.released.load(std::sync::atomic::Ordering::SeqCst) == 1
     });
 }
+
+/// The node of a device before anybody has opened it: on the `dev` connection, where no right to it is
+/// needed to hold it.
+fn hold(path: &std::path::Path) -> File {
+    use std::os::unix::fs::OpenOptionsExt;
+    File::options()
+        .read(true)
+        .custom_flags(libc::O_PATH)
+        .open(path)
+        .unwrap()
+}
+
+fn open_held(held: &File) -> std::io::Result<File> {
+    let fd = std::os::fd::AsRawFd::as_raw_fd(held);
+    open(std::path::Path::new(&format!("/proc/self/fd/{fd}")))
+}
+
+#[test]
+fn the_node_of_a_device_that_has_gone_takes_nothing_from_the_next_of_its_name() {
+    let name = "the_node_of_a_device_that_has_gone_takes_nothing_from_the_next_of_its_name";
+    let Some(host) = Host::new(name, |_| {}) else {
+        return;
+    };
+    let (first, _) = host.device("one");
+    let held = hold(&host.node(0));
+    assert_eq!(first.destroy(Policy::Disassociate).result(), Some(Ok(())));
+    let (second, _) = host.device("two");
+    let dev = host.dev.as_ref().unwrap();
+    for _ in 0..3 {
+        let error = open_held(&held).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENODEV));
+        assert_eq!(dev.own_mounts(), 0, "nobody has opened the second");
+    }
+    // Also where the second has a connection of its own already.
+    for _ in 0..2 {
+        drop(open(&host.node(0)).unwrap());
+        assert!(open_held(&held).is_err());
+    }
+    assert_eq!(dev.own_mounts(), 1);
+    // Its name goes at once, and what is mounted there.
+    let gone = second.destroy(Policy::Disassociate);
+    assert_eq!(gone.wait_for(Duration::from_secs(10)), Some(Ok(())));
+    until("its own mount's end", || dev.own_mounts() == 0);
+    drop(held);
+}
