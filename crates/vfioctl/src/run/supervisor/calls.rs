@@ -117,7 +117,7 @@ impl Supervisor {
         let caller = Caller::new(call.tid)?;
         if let Some(stat) = StatCall::of(call) {
             // Whatever goes wrong on the way, the kernel's own answer is right.
-            let Ok(answer) = self.stat(caller, call, &stat) else {
+            let Ok(answer) = self.stat(caller, call, &stat, &mut thread.tables) else {
                 return Ok(Outcome::LetThrough);
             };
             caller.copy_out(stat.buf, &answer)?;
@@ -132,7 +132,13 @@ impl Supervisor {
     }
 
     /// What a file of ours is, as a char device. Any error: it is not ours, or let the kernel say.
-    fn stat(&self, caller: Caller, call: &Notification, stat: &StatCall) -> Result<Vec<u8>, Errno> {
+    fn stat(
+        &self,
+        caller: Caller,
+        call: &Notification,
+        stat: &StatCall,
+        tables: &mut Tables,
+    ) -> Result<Vec<u8>, Errno> {
         let path = match stat.path {
             Some(path) => string(caller, path)?,
             None => Vec::new(),
@@ -151,6 +157,10 @@ impl Supervisor {
             return Err(Errno::NOENT);
         }
         if !empty && !may_be_ours(&path) {
+            return Err(Errno::NOTTY);
+        }
+        // A copy of a stranger's file would be closed again, which asks its server (FLUSH).
+        if empty && !self.nodes.is_node(tables.file_id(call.tid, stat.dirfd)?) {
             return Err(Errno::NOTTY);
         }
         self.check(call)?;
@@ -255,4 +265,95 @@ impl StatCall {
 /// With AT_EMPTY_PATH no path is an empty path (`fs/namei.c`, `getname_maybe_null`, Linux 6.11).
 fn given(path: u64, flags: i32) -> Option<u64> {
     (path != 0 || flags & libc::AT_EMPTY_PATH == 0).then_some(path)
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(unsafe_code, reason = "a client's system calls, as it makes them")]
+
+    use super::super::nodes;
+    use super::*;
+    use fuse_server::{
+        Attr, Config, Connection, MountOptions, Opened, Operation, Policy, Request, Root, Workers,
+    };
+    use rustix::fd::AsRawFd;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    /// A stranger's file, which counts how often it is asked to FLUSH.
+    struct Stranger(Arc<AtomicU32>);
+
+    impl fuse_server::Handler for Stranger {
+        fn handle(&self, request: Request<'_>) {
+            let _ = match request.op {
+                Operation::Getattr { reply, .. } => reply.attr(&Attr::new(1, 0o100_666, 0)),
+                Operation::Open { reply, .. } => reply.opened(&Opened::default()),
+                Operation::Flush { reply, .. } => {
+                    self.0.fetch_add(1, Ordering::SeqCst);
+                    reply.ok()
+                }
+                Operation::Release { reply, .. } => reply.ok(),
+                other => other.error(Errno::NOSYS),
+            };
+        }
+    }
+
+    #[test]
+    fn what_a_strangers_file_is_takes_no_copy_of_it() {
+        let options = MountOptions {
+            root: Root::File,
+            ..MountOptions::default()
+        };
+        let Ok((fd, mount)) = options.create() else {
+            vfiod_tests::skip("FUSE cannot be mounted here");
+            return;
+        };
+        let flushes = Arc::new(AtomicU32::new(0));
+        let connection = Connection::new(fd, &Config::default()).unwrap();
+        let handler = Arc::new(Stranger(Arc::clone(&flushes)));
+        let _workers = Workers::start(connection, handler, Policy::default()).unwrap();
+        let anywhere = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(anywhere.path().join("vfio/devices")).unwrap();
+        let place = anywhere.path().join("file");
+        std::fs::write(&place, "").unwrap();
+        let mount = mount.attach(&place).unwrap();
+        let file = std::fs::File::open(&place).unwrap();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            sender.send(filter().install().unwrap().listener).unwrap();
+            let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
+            // SAFETY: the kernel, or who answers for it, fills the structure.
+            let done = unsafe {
+                libc::syscall(
+                    libc::SYS_newfstatat,
+                    file.as_raw_fd(),
+                    c"".as_ptr(),
+                    stat.as_mut_ptr(),
+                    libc::AT_EMPTY_PATH,
+                )
+            };
+            (done, file)
+        });
+        let listener = Arc::new(receiver.recv().unwrap());
+        let supervisor = Supervisor {
+            listener: Arc::clone(&listener),
+            nodes: nodes::Nodes::new(anywhere.path(), anywhere.path()).unwrap(),
+            kvm: Kvm::default(),
+            proc_dev: nodes::proc_dev().unwrap(),
+        };
+        let mut memory = Thread::default();
+        while !thread.is_finished() {
+            match listener.recv() {
+                Ok(call) if supervisor.quick(&call, &mut memory) => {}
+                Ok(call) => supervisor.slow(&call, &mut memory),
+                Err(Errno::NOENT | Errno::INTR) => std::thread::yield_now(),
+                Err(errno) => panic!("{errno}"),
+            }
+        }
+        let (done, file) = thread.join().unwrap();
+        assert_eq!(done, 0);
+        assert_eq!(flushes.load(Ordering::SeqCst), 0, "a copy was closed");
+        drop(file);
+        assert_eq!(flushes.load(Ordering::SeqCst), 1, "it would be told");
+        drop(mount);
+    }
 }

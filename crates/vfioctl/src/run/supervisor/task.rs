@@ -34,8 +34,23 @@ impl FileId {
 ///
 /// A look at a descriptor through its link in `/proc/TID/fd` makes no copy of it, whose close would ask
 /// the server of a stranger's file (FLUSH).
-#[derive(Default)]
-pub(super) struct Tables(HashMap<i32, Table>);
+pub(super) struct Tables {
+    tables: HashMap<i32, Table>,
+    /// How many are kept.
+    room: usize,
+}
+
+impl Default for Tables {
+    fn default() -> Tables {
+        // Each has two descriptors, and what else is needed for a call is to find some.
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let room = limit.and_then(|limit| usize::try_from(limit / 16).ok());
+        Tables {
+            tables: HashMap::new(),
+            room: room.unwrap_or(Tables::KEPT).clamp(1, Tables::KEPT),
+        }
+    }
+}
 
 struct Table {
     /// `/proc/TID/fd`.
@@ -55,32 +70,40 @@ impl Tables {
             return Err(Errno::NOENT);
         }
         let name = DecInt::new(fd);
-        if let Some(table) = self.0.get(&tid) {
+        if let Some(table) = self.tables.get(&tid) {
             let id = FileId::at(&table.dir, name.as_c_str());
             if id.is_ok() {
                 return id;
             }
             // Its number may be another thread's by now.
-            self.0.remove(&tid);
+            self.tables.remove(&tid);
         }
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = openat(CWD, format!("/proc/{tid}/fd"), flags, Mode::empty())?;
+        let path = format!("/proc/{tid}/fd");
+        let dir = match openat(CWD, &*path, flags, Mode::empty()) {
+            // Threads that have ended may be among those that are kept.
+            Err(Errno::MFILE) if !self.tables.is_empty() => {
+                self.tables.clear();
+                openat(CWD, &*path, flags, Mode::empty())?
+            }
+            other => other?,
+        };
         let id = FileId::at(&dir, name.as_c_str());
-        if self.0.len() >= Self::KEPT {
-            self.0.clear();
+        if self.tables.len() >= self.room {
+            self.tables.clear();
         }
         let table = Table {
             dir,
             thread: None,
             group: None,
         };
-        self.0.insert(tid, table);
+        self.tables.insert(tid, table);
         id
     }
 
     /// Notes that a thread's descriptor is a group of ours.
     pub(super) fn note_group(&mut self, caller: Caller, fd: i32) {
-        if let Some(table) = self.0.get_mut(&caller.tid().as_raw_nonzero().get()) {
+        if let Some(table) = self.tables.get_mut(&caller.tid().as_raw_nonzero().get()) {
             table.group = Some(fd);
             if table.thread.is_none() {
                 table.thread = caller.hold().ok();
@@ -90,7 +113,7 @@ impl Tables {
 
     /// Whether a thread's descriptor was a group of ours the last time.
     pub(super) fn was_group(&self, tid: i32, fd: i32) -> bool {
-        self.0
+        self.tables
             .get(&tid)
             .is_some_and(|table| table.group == Some(fd))
     }
@@ -98,7 +121,7 @@ impl Tables {
     /// A copy of what was a group of ours the last time, unless the thread is another: it may be any
     /// file by now.
     pub(super) fn group_again(&mut self, tid: i32, fd: i32) -> Option<OwnedFd> {
-        let table = self.0.get_mut(&tid)?;
+        let table = self.tables.get_mut(&tid)?;
         // It is noted again when it proves to be one.
         if table.group.take() != Some(fd) {
             return None;
@@ -157,6 +180,46 @@ mod tests {
         assert_eq!(at(&bytes), Err(Errno::NAMETOOLONG));
         assert_eq!(string(me, 0), Err(Errno::FAULT));
         assert_eq!(string(me, u64::MAX - 4), Err(Errno::FAULT));
+    }
+
+    /// In a process of its own, which has few descriptors.
+    #[test]
+    fn without_a_descriptor_left_the_tables_of_others_are_given_up() {
+        const FEW: &str = "VFIOCTL_TEST_FEW_DESCRIPTORS";
+        if std::env::var_os(FEW).is_none() {
+            let name = "run::supervisor::task::tests::without_a_descriptor_left_the_tables_of_others_are_given_up";
+            let own = std::process::Command::new(std::env::current_exe().unwrap())
+                .args([name, "--exact", "--nocapture"])
+                .env(FEW, "1")
+                .output()
+                .unwrap();
+            assert!(own.status.success(), "{own:?}");
+            return;
+        }
+        let own = rustix::thread::gettid().as_raw_nonzero().get();
+        let mut tables = Tables::default();
+        assert!(tables.file_id(own, 0).is_ok());
+        let mut all = Vec::new();
+        while let Ok(file) = std::fs::File::open("/dev/null") {
+            all.push(file);
+            if all.len() == 64 {
+                let open = std::fs::read_dir("/proc/self/fd").unwrap().count() as u64;
+                let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+                limit.current = Some(open);
+                rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+            }
+        }
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let other = rustix::thread::gettid().as_raw_nonzero().get();
+                assert!(
+                    tables.file_id(other, 0).is_ok(),
+                    "it takes the place of the first"
+                );
+            });
+        });
+        assert!(tables.file_id(own, 0).is_ok());
+        assert!(Tables::default().room < Tables::KEPT, "few are kept");
     }
 
     #[test]
