@@ -4,8 +4,8 @@
 use super::dirty::Dirty;
 use crate::device::{GroupType, WeakDevice};
 use crate::dma::{
-    Area, Held, LastMapper, Prot, Quota, Space, Ticket, check_reach, hold, length, page_sizes,
-    without,
+    ALL_PATIENCE, Area, Held, LastMapper, Prot, Quota, Space, Ticket, check_reach, hold, length,
+    page_sizes, without,
 };
 use crate::model::{IommuGroup, ReservedKind};
 use crate::{Errno, Result};
@@ -255,12 +255,24 @@ impl Type1 {
         vaddr: u64,
         memory: Result<Arc<Memory>>,
     ) -> Result {
-        let mut inner = self.write();
-        let (found, old) = inner.areas.range(range).next().ok_or(Errno::NOENT)?;
-        if *found != range || !inner.invalid.contains(&range.start()) {
-            return Err(Errno::INVAL);
-        }
-        let old = Arc::clone(old);
+        let deadline = Instant::now() + ALL_PATIENCE;
+        let (mut inner, old) = loop {
+            let seen = self.unmaps_ended();
+            let inner = self.write();
+            let (found, old) = inner.areas.range(range).next().ok_or(Errno::NOENT)?;
+            if *found != range || !inner.invalid.contains(&range.start()) {
+                return Err(Errno::INVAL);
+            }
+            let old = Arc::clone(old);
+            if !old.gate().is_closed() {
+                break (inner, old);
+            }
+            // An unmap has begun with it: the kernel does one after the other.
+            drop(inner);
+            if !self.wait_for_unmap(seen, deadline) {
+                return Err(Errno::BUSY);
+            }
+        };
         let new = old.moved(self.source(memory?, vaddr));
         inner.areas.remove(range.start());
         inner.areas.insert(range, Arc::new(new))?;
@@ -276,7 +288,7 @@ impl Type1 {
         let mut inner = self.write();
         // Whoever closes the gate removes the area; an unmap may have been faster.
         if area.gate().close() {
-            let gone = inner.areas.remove(range.start());
+            let gone = Self::forget(&mut inner, range);
             drop(inner);
             drop(gone);
         }

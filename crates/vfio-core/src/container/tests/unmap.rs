@@ -339,3 +339,34 @@ fn a_bitmap_of_many_pieces() {
         assert_eq!(word, want, "{n}");
     }
 }
+
+/// The kernel does one after the other (`vfio_dma_do_map`, the container's lock).
+#[test]
+fn an_address_is_not_given_back_to_what_is_being_unmapped() {
+    use crate::container::type1::Type1;
+    let c = Client::new();
+    let attached = c.join(&c.hardware()).unwrap();
+    c.set_iommu(3).unwrap();
+    let mut memory = Pages::new(1);
+    let va = memory.addr();
+    c.map(R, va, 0, PAGE).unwrap();
+    assert_eq!(c.unmap_with(LOSE, 0, PAGE), Ok(PAGE));
+    // An unmap has begun: it waits for accesses, say.
+    let backend = c.container.backend().unwrap();
+    let range = dma_memory::Range::with_len(0, PAGE).unwrap();
+    let area = std::sync::Arc::clone(backend.read().areas.find(0).unwrap().1);
+    assert!(area.gate().close());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(std::time::Duration::from_millis(30));
+            // Nothing has taken its place.
+            let mut inner = backend.write();
+            let gone = Type1::forget(&mut inner, range);
+            drop(inner);
+            assert!(std::sync::Arc::ptr_eq(&gone.unwrap().1, &area));
+            backend.unmap_ended();
+        });
+        assert_eq!(c.map(VADDR, va, 0, PAGE), Err(Errno::NOENT));
+    });
+    drop(attached);
+}
