@@ -108,3 +108,34 @@ fn killed_at_any_moment() {
 fn names_and_descriptors_of_others() {
     run("wrong", &["type1v2"]);
 }
+
+#[test]
+fn a_parent_that_ignores_its_children_and_a_proc_of_others() {
+    if let Err(reason) = daemon::possible() {
+        skip(&reason);
+        return;
+    }
+    let daemon = Daemon::start("").expect("vfiod serves");
+    let run = |how: &[&str], options: &[&str]| {
+        let mut command = Command::new(how[0]);
+        command.args(&how[1..]);
+        let vfioctl = daemon.vfioctl();
+        command.arg(vfioctl.get_program()).args(vfioctl.get_args());
+        command.arg("run").args(options);
+        command.args(["--", "stat", "-L", "-c", "%F", "/dev/iommu"]);
+        daemon::output(&mut command).expect("it ends")
+    };
+    let ignoring = ["sh", "-c", "trap '' CHLD; exec \"$@\"", "sh"];
+    for options in [&[][..], &["--uevents"]] {
+        let output = run(&ignoring, options);
+        assert_eq!(output.out.trim(), "character special file", "{output:?}");
+        assert_eq!(output.code, 0, "{output:?}");
+    }
+    // Numbers of processes mean others there.
+    let output = run(&["unshare", "--pid", "--fork"], &[]);
+    assert_eq!(output.code, 125, "{output:?}");
+    assert!(output.err.contains("pid namespace"), "{output:?}");
+    let output = run(&["unshare", "--pid", "--fork", "--mount-proc"], &[]);
+    assert_eq!(output.out.trim(), "character special file", "{output:?}");
+    daemon.stop().expect("nothing is left");
+}

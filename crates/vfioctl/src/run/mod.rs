@@ -22,7 +22,7 @@ use rustix::io::{Errno, FdFlags};
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Child, Command, ExitCode};
 use vfiod_control::view::Status;
 use vfiod_control::{Answer, Call, Client};
 
@@ -194,6 +194,15 @@ fn unshare(flags: CloneFlags) -> Result {
             Ok(())
         }
         other => other.map_err(|errno| refused(&errno)),
+    }
+}
+
+/// Waits for a child. False if it failed; where SIGCHLD is ignored, which is inherited, the kernel does
+/// not say.
+fn wait(child: &mut Child) -> std::io::Result<bool> {
+    match child.wait() {
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::CHILD) => Ok(true),
+        status => status.map(|status| status.success()),
     }
 }
 

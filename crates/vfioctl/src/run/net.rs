@@ -35,8 +35,8 @@ pub(super) fn start(socket: &Path) -> Result {
             .read_line(&mut line)
             .map_err(failed("uevents"))?;
     }
-    let status = child.wait().map_err(failed("uevents"))?;
-    if line.trim() == READY && status.success() {
+    let success = super::wait(&mut child).map_err(failed("uevents"))?;
+    if line.trim() == READY && success {
         Ok(())
     } else {
         Err(Fail::failed("uevents cannot be had"))

@@ -199,7 +199,7 @@ fn spawn(serve: &[OsString], log: &Path) -> Result<(OwnedFd, Pid)> {
     if let Some(stdout) = between.stdout.take() {
         BufReader::new(stdout).read_line(&mut pid).map_err(failed)?;
     }
-    between.wait().map_err(failed)?;
+    super::wait(&mut between).map_err(failed)?;
     let pid = pid.trim().parse().ok().and_then(Pid::from_raw);
     match (lifeline, pid) {
         (Some(lifeline), Some(pid)) => Ok((lifeline.into(), pid)),

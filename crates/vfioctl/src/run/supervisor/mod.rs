@@ -51,6 +51,14 @@ impl Waiting {
             let what = what.to_owned();
             move |errno: Errno| Fail::failed(format!("supervisor: {what}: {errno}"))
         };
+        // Who calls is looked up there, by the number that this namespace knows it by.
+        let own = rustix::process::getpid().as_raw_nonzero().to_string();
+        if std::fs::read_link("/proc/self").is_ok_and(|link| link.as_os_str() != own.as_str()) {
+            return Err(Fail::failed(
+                "/proc lists the processes of another pid namespace: mount this one's \
+                 (`unshare --mount-proc`), or use --no-supervisor",
+            ));
+        }
         let (socket, theirs) = socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -71,7 +79,8 @@ impl Waiting {
         loop {
             match rustix::process::waitpid(Some(between), rustix::process::WaitOptions::empty()) {
                 Err(Errno::INTR) => {}
-                Ok(_) => break,
+                // With SIGCHLD ignored, which is inherited, nothing is left of it.
+                Ok(_) | Err(Errno::CHILD) => break,
                 Err(errno) => return Err(failed("fork")(errno)),
             }
         }
