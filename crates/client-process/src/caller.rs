@@ -175,11 +175,13 @@ impl Caller {
     /// [`Errno::SRCH`]: the caller is gone. [`Errno::PERM`]: we may not look into it.
     /// [`Errno::MFILE`]: we have no descriptor left.
     pub fn get_fd(self, n: i32) -> Result<OwnedFd> {
+        if n < 0 {
+            return Err(Errno::BADF);
+        }
         match self.hold() {
             Ok(thread) => thread.get_fd(n),
             // The flag is unknown before Linux 6.9.
-            Err(Errno::INVAL) if n >= 0 => self.get_fd_of_leader(n),
-            Err(Errno::INVAL) => Err(Errno::BADF),
+            Err(Errno::INVAL) => self.get_fd_of_leader(n),
             Err(errno) => Err(errno),
         }
     }

@@ -110,12 +110,12 @@ impl Kept {
 fn name(comm: &OwnedFd) -> Result<OsString> {
     let mut bytes = [0; LONGEST];
     let len = rustix::io::pread(comm, &mut bytes[..], 0)?;
-    let name = bytes.get(..len).unwrap_or_default();
-    let name = name.strip_suffix(b"\n").unwrap_or(name);
     // A task that is gone can read as nothing, too.
-    if name.is_empty() && len == 0 {
+    if len == 0 {
         return Err(Errno::SRCH);
     }
+    let name = bytes.get(..len).unwrap_or_default();
+    let name = name.strip_suffix(b"\n").unwrap_or(name);
     Ok(OsString::from_vec(name.to_vec()))
 }
 

@@ -28,10 +28,9 @@ const THREADS: usize = 64;
 const GROUPS: usize = 64;
 
 /// Threads that announce, by their numbers.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Announcers {
     threads: Mutex<HashMap<u32, Arc<Announcer>>>,
-    memory: FileRegistry,
     last: AtomicU32,
 }
 
@@ -46,16 +45,6 @@ struct Announcer {
     /// Those for whom it opens.
     clients: Processes,
     groups: Mutex<Vec<(u32, Weak<GroupFile>)>>,
-}
-
-impl Default for Announcers {
-    fn default() -> Announcers {
-        Announcers {
-            threads: Mutex::default(),
-            memory: FileRegistry::without_devices(),
-            last: AtomicU32::new(0),
-        }
-    }
 }
 
 impl Announcers {
@@ -80,13 +69,15 @@ impl Announcers {
         addr: u64,
     ) -> Result<u32, Errno> {
         let (announce, _) = vfio::read::<Announce, _>(caller, addr, Announce::MIN_SIZE)?;
-        let memory = self.memory.open(caller.get_fd(announce.memory_fd)?)?;
+        // A registry for itself: nobody else's file is ever taken for it.
+        let memory = FileRegistry::without_devices().open(caller.get_fd(announce.memory_fd)?)?;
+        let id = memory.id()?;
         if !memory.is_writable() {
             return Err(Errno::INVAL);
         }
         let tid = caller.thread.tid().as_raw_nonzero().get().unsigned_abs();
         let known = self.get(tid);
-        let announcer = match known.filter(|known| known.memory.id() == memory.id()) {
+        let announcer = match known.filter(|known| known.memory.id() == Ok(id)) {
             Some(known) => known,
             None => {
                 let thread = caller.thread.hold().map_err(|errno| match errno {
@@ -109,14 +100,14 @@ impl Announcers {
             }
         };
         // Positive as an ioctl's result.
-        let id = self.last.fetch_add(1, Ordering::Relaxed) & 0x3fff_ffff;
+        let number = self.last.fetch_add(1, Ordering::Relaxed) & 0x3fff_ffff;
         let mut groups = announcer.groups();
         groups.retain(|(_, group)| group.strong_count() > 0);
         if groups.len() >= GROUPS {
             groups.clear();
         }
-        groups.push((id, Arc::downgrade(group)));
-        Ok(id)
+        groups.push((number, Arc::downgrade(group)));
+        Ok(number)
     }
 
     /// Forgets threads that are gone, and those whose groups are all closed: at rest nothing is kept.

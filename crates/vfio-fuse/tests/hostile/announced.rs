@@ -4,7 +4,6 @@ use crate::client::{Client, Outcome};
 use crate::group::{by_group, dma_read};
 use crate::scene::{Bystander, alone, descriptors, host, settles};
 use crate::uapi::*;
-use std::time::Duration;
 
 const NONE: u32 = 0;
 const ANNOUNCED: u32 = 1;
@@ -184,7 +183,6 @@ fn announcements_that_are_wrong_fail_the_open() {
         is_plain(&c, c.open(&host.node(0)).unwrap());
         c.sys(libc::SYS_ftruncate, &[note.fd, 4096]).unwrap();
         beside.end();
-        std::thread::sleep(Duration::from_millis(1));
     });
 }
 
