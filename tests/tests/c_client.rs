@@ -3,7 +3,6 @@
 
 use std::io::BufRead as _;
 use std::io::BufReader;
-use std::path::Path;
 use std::path::PathBuf;
 use std::process::Command;
 use std::process::Stdio;
@@ -12,6 +11,7 @@ use std::time::Duration;
 use vfiod_tests::daemon;
 use vfiod_tests::daemon::Daemon;
 use vfiod_tests::packages::Prefix;
+use vfiod_tests::programs;
 use vfiod_tests::skip;
 use vfiod_tests::skip::NO_PASSTHROUGH;
 use vfiod_tests::skip::kernel_has_passthrough;
@@ -35,17 +35,8 @@ fn scene(name: &str, mdev_type: &str, options: &[&str]) -> Option<(PathBuf, Daem
             return None;
         }
     };
-    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/cdev_client.c");
-    let mut cc = Command::new("cc");
-    cc.args(["-Wall", "-Werror", "-O2"]).args(options);
-    for dir in prefix.include_dirs() {
-        cc.arg("-isystem").arg(dir);
-    }
-    let compiled = daemon::output(cc.arg("-o").arg(&program).arg(source));
-    compiled
-        .and_then(|output| output.success("cc"))
-        .expect("the client compiles without a warning");
+    let dir = env!("CARGO_TARGET_TMPDIR");
+    let program = programs::compile(&prefix, "cdev_client.c", dir, name, options);
     let daemon = Daemon::start(CONFIG).expect("vfiod serves");
     daemon
         .check(&["start", mdev_type, "--uuid", UUID])

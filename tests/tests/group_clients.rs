@@ -1,7 +1,6 @@
 //! A static C program in each of the five ways to an address space, under `vfioctl run`, and in each way
 //! that programs are hard on a supervisor: `assets/group_client.c`.
 
-use std::path::Path;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -10,6 +9,7 @@ use vfiod_tests::daemon;
 use vfiod_tests::daemon::Daemon;
 use vfiod_tests::daemon::until;
 use vfiod_tests::packages::Prefix;
+use vfiod_tests::programs;
 use vfiod_tests::skip;
 
 const UUID: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
@@ -27,16 +27,9 @@ fn scene() -> Option<(PathBuf, Daemon)> {
             return None;
         }
     };
-    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("group_client");
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/group_client.c");
-    let mut cc = Command::new("cc");
-    cc.args(["-Wall", "-Werror", "-O2", "-static", "-pthread"]);
-    for dir in prefix.include_dirs() {
-        cc.arg("-isystem").arg(dir);
-    }
-    daemon::output(cc.arg("-o").arg(&program).arg(source))
-        .and_then(|output| output.success("cc"))
-        .expect("the client compiles without a warning");
+    let dir = env!("CARGO_TARGET_TMPDIR");
+    let options = ["-static", "-pthread"];
+    let program = programs::compile(&prefix, "group_client.c", dir, "group_client", &options);
     let daemon = Daemon::start("").expect("vfiod serves");
     for uuid in [UUID, OTHER] {
         daemon

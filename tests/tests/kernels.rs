@@ -2,14 +2,13 @@
 //! in the guest.
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
-use vfiod_tests::daemon;
 use vfiod_tests::guest::Guest;
 use vfiod_tests::packages::Kernel;
 use vfiod_tests::packages::Prefix;
 use vfiod_tests::packages::program;
+use vfiod_tests::programs;
 use vfiod_tests::skip;
 
 const UUID: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
@@ -44,23 +43,6 @@ const NEW: Ability = Ability {
     sync_wake_up: true,
 };
 
-/// Compiles a client from `assets`, static, as `name`.
-fn compile(prefix: &Prefix, name: &str) -> std::path::PathBuf {
-    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    let source = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("assets")
-        .join(format!("{name}.c"));
-    let mut cc = Command::new("cc");
-    cc.args(["-Wall", "-Werror", "-O2", "-static", "-pthread"]);
-    for dir in prefix.include_dirs() {
-        cc.arg("-isystem").arg(dir);
-    }
-    daemon::output(cc.arg("-o").arg(&program).arg(source))
-        .and_then(|output| output.success("cc"))
-        .expect("the client compiles without a warning");
-    program
-}
-
 /// A guest with our programs and clients in it; `None` where there cannot be one, which is said.
 fn boot(able: &Ability) -> Option<Guest> {
     let prefix = match Prefix::find() {
@@ -78,8 +60,13 @@ fn boot(able: &Ability) -> Option<Guest> {
     for name in ["vfiod", "vfioctl"] {
         builder = builder.program(program(name).expect("it is built"));
     }
+    // The other kernel's test may compile the same at the same time.
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(able.release);
+    std::fs::create_dir_all(&dir).expect("a directory");
     for name in ["cdev_client", "group_client"] {
-        builder = builder.program(compile(&prefix, name));
+        let (source, options) = (format!("{name}.c"), ["-static", "-pthread"]);
+        let client = programs::compile(&prefix, &source, &dir, name, &options);
+        builder = builder.program(client);
     }
     let mut guest = builder.boot().expect("the guest boots");
     let release = guest.release().to_owned();

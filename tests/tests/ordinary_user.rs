@@ -3,7 +3,6 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
 use std::path::PathBuf;
 use std::process::Child;
 use std::process::Command;
@@ -15,6 +14,7 @@ use vfiod_tests::daemon::Output;
 use vfiod_tests::daemon::until;
 use vfiod_tests::packages::Prefix;
 use vfiod_tests::packages::program;
+use vfiod_tests::programs;
 use vfiod_tests::skip;
 
 /// Nobody in particular.
@@ -128,17 +128,8 @@ fn compile(home: &Home, source: &str) -> bool {
             return false;
         }
     };
-    let source = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("assets")
-        .join(source);
-    let mut cc = Command::new("cc");
-    cc.args(["-Wall", "-Werror", "-O2", "-static", "-pthread"]);
-    for dir in prefix.include_dirs() {
-        cc.arg("-isystem").arg(dir);
-    }
-    daemon::output(cc.arg("-o").arg(home.0.join("client")).arg(source))
-        .and_then(|output| output.success("cc"))
-        .expect("the client compiles without a warning");
+    let options = ["-static", "-pthread"];
+    programs::compile(&prefix, source, &home.0, "client", &options);
     true
 }
 
